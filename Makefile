@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` with no target says what there is.
+
+export CGO_ENABLED = 0
+CLANG_FORMAT = clang-format-19
+# Root runs things as it is; others by sudo.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: help build run demo list generate test bench clean
+
+help: ## say what the targets do
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+
+build: ## build ./fintrace
+	go build -trimpath -o fintrace ./cmd/fintrace
+
+run: build ## build and start `fintrace trace`
+	$(SUDO) ./fintrace trace
+
+demo: build ## a pile-up in a network namespace of its own, to watch with `make run`
+	$(SUDO) ./fintrace demo
+
+list: build ## build and run `fintrace list`
+	$(SUDO) ./fintrace list
+
+generate: ## rebuild the BPF objects and their bindings (needs clang-19)
+	go generate ./...
+
+clean: ## remove what was built
+	rm -f fintrace

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/probe"
+	"github.com/fintrace/fintrace/internal/track"
+)
+
+const (
+	// batchDelay is how long records gather before they are read: at most 50
+	// wake-ups a second, however many connections.
+	batchDelay = 20 * time.Millisecond
+	// reconcileEvery is how long the table goes without a look at the sockets.
+	reconcileEvery = 30 * time.Second
+	// checkEvery is how often the kernel side is asked whether records were lost.
+	checkEvery = time.Second
+	// lookupsPerPass bounds the sockets asked for one by one after a snapshot.
+	lookupsPerPass = 10_000
+)
+
+// watch is the loop between the kernel and the table: one goroutine that owns
+// the table, reads the records, takes the snapshots and keeps the time.
+type watch struct {
+	probe   *probe.Probe
+	tracker *track.Tracker
+	onEvent func(*events.Event) // each record, after the tracker has had it; may be nil
+	notify  func(*track.Notice)
+	warn    func(error) // of what could not be looked at
+
+	counters probe.Counters
+	checked  events.Time // when the counters were read
+	losses   uint64      // lost and missed records as of the last snapshot
+	began    events.Time // the last snapshot
+	ended    events.Time
+
+	namespaces int // that the last snapshot covered
+}
+
+// start attaches, and fills the table with what is in FIN_WAIT2 already.
+func (w *watch) start() error {
+	if err := w.probe.Attach(); err != nil {
+		return err
+	}
+	return w.seed()
+}
+
+// seed takes the first snapshot, having looked for the processes first so that
+// each connection is complete when it is first spoken of.
+func (w *watch) seed() error {
+	held := map[uint64]bool{}
+	_, err := w.probe.Snapshot(0, func(sockets []events.Socket) {
+		for i := range sockets {
+			if sockets[i].Stage == events.Held {
+				held[sockets[i].Inode] = true
+			}
+		}
+	})
+	if err != nil {
+		return err
+	}
+	return w.reconcile(probe.Owners(held))
+}
+
+// run goes on until ctx ends.
+func (w *watch) run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var drainAt events.Time // 0: no record is waiting
+	for {
+		now := probe.Now()
+		timer.Reset(max(w.nextWake(drainAt).Sub(now), 0))
+		select {
+		case <-ctx.Done():
+			return w.finish()
+		case <-w.probe.Ready():
+			if drainAt == 0 {
+				drainAt = probe.Now().Add(batchDelay)
+			}
+			continue
+		case <-timer.C:
+		}
+		now = probe.Now()
+		if err := w.drain(); err != nil {
+			return err
+		}
+		drainAt = 0
+		if now >= w.checked.Add(checkEvery) || w.due(now) {
+			if err := w.check(now); err != nil {
+				return err
+			}
+		}
+		if now >= w.nextSnapshot() {
+			if err := w.reconcile(nil); err != nil {
+				return err
+			}
+		}
+		w.each(w.tracker.Advance(now))
+	}
+}
+
+// finish reads what is left and looks at the sockets once more.
+func (w *watch) finish() error {
+	if err := w.drain(); err != nil {
+		return err
+	}
+	if err := w.check(probe.Now()); err != nil {
+		return err
+	}
+	return w.reconcile(nil)
+}
+
+func (w *watch) nextWake(drainAt events.Time) events.Time {
+	wake := min(w.checked.Add(checkEvery), w.nextSnapshot())
+	if drainAt != 0 {
+		wake = min(wake, drainAt)
+	}
+	if at, ok := w.tracker.Next(); ok {
+		wake = min(wake, at)
+	}
+	return wake
+}
+
+func (w *watch) due(now events.Time) bool {
+	at, ok := w.tracker.Next()
+	return ok && at <= now
+}
+
+// nextSnapshot is as soon as it is needed, but so that snapshots take a bounded
+// share of the time: a hundredth where something is in doubt, a thousandth to
+// see minisocks end, which no event shows.
+func (w *watch) nextSnapshot() events.Time {
+	cost := w.ended.Sub(w.began)
+	wait := reconcileEvery
+	switch {
+	case w.counters.Lost+w.counters.Missed > w.losses, w.tracker.WantsSnapshot():
+		wait = min(wait, max(time.Second, 100*cost))
+	case w.tracker.Count(events.Minisock) > 0:
+		wait = min(wait, max(2*time.Second, 1000*cost))
+	}
+	return w.ended.Add(wait)
+}
+
+// check reads the kernel side's counters.
+func (w *watch) check(now events.Time) (err error) {
+	w.checked = now
+	w.counters, err = w.probe.Counters()
+	return err
+}
+
+func (w *watch) drain() error {
+	return w.probe.Drain(func(ev *events.Event) {
+		w.each(w.tracker.Apply(ev))
+		if w.onEvent != nil {
+			w.onEvent(ev)
+		}
+	})
+}
+
+// reconcile looks at all sockets. owners are the processes that hold some.
+func (w *watch) reconcile(owners map[uint64]events.Process) error {
+	// Read before: what is lost from now on may be lost on this snapshot too.
+	if err := w.check(probe.Now()); err != nil {
+		return err
+	}
+	losses := w.counters.Lost + w.counters.Missed
+	began := probe.Now()
+	since := began.Sub(w.began) + 5*time.Second
+	unowned := map[uint64]uint64{} // cookies by inode
+	var drained error
+	w.tracker.BeginSnapshot(began)
+	cov, err := w.probe.Snapshot(since, func(sockets []events.Socket) {
+		drained = errors.Join(drained, w.drain())
+		for i := range sockets {
+			if s := &sockets[i]; s.Stage == events.Held {
+				s.Process = owners[s.Inode]
+				tracked, _ := w.tracker.Get(s.Cookie, began)
+				if !s.Process.Known() && !tracked.Process.Known() {
+					unowned[s.Inode] = s.Cookie
+				}
+			}
+		}
+		w.each(w.tracker.Observe(sockets))
+	})
+	if err := errors.Join(err, drained, w.drain()); err != nil {
+		return err
+	}
+	for _, skipped := range cov.Skipped {
+		w.warn(errors.New(skipped))
+	}
+	if owners == nil {
+		w.findOwners(unowned)
+	}
+	var lookup probe.Lookup
+	defer lookup.Close()
+	lookups := 0
+	w.each(w.tracker.EndSnapshot(cov, func(netns uint32, f events.Flow) bool {
+		if lookups++; lookups > lookupsPerPass {
+			return true // Not known to be free.
+		}
+		has, err := lookup.Has(netns, f)
+		return has || err != nil
+	}))
+	w.began, w.ended, w.losses, w.namespaces = began, probe.Now(), losses, len(cov.Netns)
+	return nil
+}
+
+func (w *watch) findOwners(unowned map[uint64]uint64) {
+	inodes := make(map[uint64]bool, len(unowned))
+	for inode := range unowned {
+		inodes[inode] = true
+	}
+	for inode, process := range probe.Owners(inodes) {
+		w.tracker.SetProcess(unowned[inode], process)
+	}
+}
+
+func (w *watch) each(notices []track.Notice) {
+	for i := range notices {
+		w.notify(&notices[i])
+	}
+}

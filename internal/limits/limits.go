@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package limits decides how long a connection may stay in FIN_WAIT2, and says
+// on whose word.
+package limits
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/fintrace/fintrace/internal/events"
+)
+
+// TimeWaitLen is TCP_TIMEWAIT_LEN (include/net/tcp.h): the longest a minisock
+// waits, and what is taken off a fin timeout that is longer.
+const TimeWaitLen = 60 * time.Second
+
+// Rules are the limits of the user's own.
+type Rules struct {
+	// Held replaces the yardstick for held connections, which the kernel does
+	// not limit; 0 leaves it at tcp_fin_timeout.
+	Held time.Duration
+}
+
+// Limit is a duration that a connection should not exceed, and its source. It
+// runs from the entry into FIN_WAIT2 for a held connection, from the close for
+// the others.
+type Limit struct {
+	Duration time.Duration
+	// Slack is what the timer behind the limit may be late by. Timers of the
+	// kernel are late by up to an eighth (kernel/time/timer.c).
+	Slack  time.Duration
+	source source
+	value  time.Duration // of the setting that source names
+}
+
+type source uint8
+
+const (
+	fromFinTimeout source = iota
+	fromFinTimeoutAbove60
+	fromLinger2
+	fromLinger2Above60
+	fromRTO
+	fromRTOAbove60
+	fromOption
+	fromTimer
+)
+
+// Source says in words whose limit it is.
+func (l Limit) Source() string {
+	doubled := func(setting string) string {
+		return fmt.Sprintf("%s %s: 2 × (%s − 60s)", setting, human(l.value), human(l.value))
+	}
+	const finTimeout, linger2, rto = "net.ipv4.tcp_fin_timeout", "TCP_LINGER2", "3.5 × RTO"
+	switch l.source {
+	case fromFinTimeoutAbove60:
+		return doubled(finTimeout)
+	case fromLinger2:
+		return linger2 + " " + human(l.value)
+	case fromLinger2Above60:
+		return doubled(linger2)
+	case fromRTO:
+		return rto + " " + human(l.value)
+	case fromRTOAbove60:
+		return doubled(rto)
+	case fromOption:
+		return "--limit " + human(l.value)
+	case fromTimer:
+		return "timewait timer " + human(l.value)
+	}
+	return finTimeout + " " + human(l.value)
+}
+
+// For is the limit of a connection in a stage.
+func (r Rules) For(stage events.Stage, t events.Timers) Limit {
+	if stage != events.Held {
+		return closed(t)
+	}
+	if r.Held > 0 {
+		return Limit{Duration: r.Held, source: fromOption, value: r.Held}
+	}
+	return Limit{Duration: t.FinTimeout, source: fromFinTimeout, value: t.FinTimeout}
+}
+
+// FromTimer is the limit of a minisock of which only its timer is known: d from
+// the close until it fires.
+func FromTimer(d time.Duration) Limit {
+	return Limit{Duration: d, Slack: d / 8, source: fromTimer, value: d}
+}
+
+// closed is the kernel's own deadline for a closed connection whose peer stays
+// silent, from the close on.
+//
+// tcp_rcv_state_process(), net/ipv4/tcp_input.c, and tcp_close() alike:
+//
+//	tmo = tcp_fin_time(sk);
+//	if (tmo > TCP_TIMEWAIT_LEN)
+//		tcp_reset_keepalive_timer(sk, tmo - TCP_TIMEWAIT_LEN);
+//
+// and when that fires tcp_keepalive_timer() calls
+// tcp_time_wait(sk, TCP_FIN_WAIT2, tmo - TCP_TIMEWAIT_LEN).
+func closed(t events.Timers) Limit {
+	finTime, src := FinTime(t), fromFinTimeout
+	switch {
+	case finTime > configured(t):
+		src = fromRTO
+	case t.Linger2 > 0:
+		src = fromLinger2
+	}
+	l := Limit{Duration: finTime, source: src, value: finTime}
+	if finTime > TimeWaitLen {
+		l.Duration = 2 * (finTime - TimeWaitLen)
+		l.source++ // each source is followed by its Above60
+	}
+	l.Slack = l.Duration / 8
+	return l
+}
+
+// FinTime is tcp_fin_time() (include/net/tcp.h): TCP_LINGER2 where it is set,
+// else tcp_fin_timeout, but never under 3.5 × RTO.
+func FinTime(t events.Timers) time.Duration {
+	return max(configured(t), 7*t.RTO/2)
+}
+
+func configured(t events.Timers) time.Duration {
+	if t.Linger2 != 0 {
+		return t.Linger2
+	}
+	return t.FinTimeout
+}
+
+// human prints whole seconds as such: 60s, not 1m0s.
+func human(d time.Duration) string {
+	if d%time.Second == 0 && d < 10*time.Minute {
+		return fmt.Sprintf("%ds", d/time.Second)
+	}
+	return d.Round(time.Millisecond).String()
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package probe
+
+import (
+	"fmt"
+	"math"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/fintrace/fintrace/internal/events"
+)
+
+const (
+	eventSize = int(unsafe.Sizeof(bpfEvent{}))
+	rowSize   = int(unsafe.Sizeof(bpfRow{}))
+
+	rcvShutdown = 1 // RCV_SHUTDOWN, include/net/sock.h
+	sndShutdown = 2 // SEND_SHUTDOWN
+)
+
+// clock turns the kernel's units into Go's.
+type clock struct {
+	hz int64 // jiffies per second, CONFIG_HZ
+}
+
+// newClock asks the coarse clock for its tick, which is the jiffy (TICK_NSEC).
+func newClock() (clock, error) {
+	var tick unix.Timespec
+	if err := unix.ClockGetres(unix.CLOCK_MONOTONIC_COARSE, &tick); err != nil {
+		return clock{}, fmt.Errorf("read the length of a jiffy: %w", err)
+	}
+	return clock{hz: int64(math.Round(float64(time.Second) / float64(tick.Nano())))}, nil
+}
+
+func (c clock) jiffies(n int64) time.Duration {
+	return time.Duration(n * int64(time.Second) / c.hz)
+}
+
+// decodeEvent reads one record of the ring buffer, which is 8-byte aligned.
+func (c clock) decodeEvent(record []byte, ev *events.Event) error {
+	if len(record) != eventSize {
+		return fmt.Errorf("a record of %d bytes where the BPF program sends %d", len(record), eventSize)
+	}
+	raw := (*bpfEvent)(unsafe.Pointer(unsafe.SliceData(record)))
+	*ev = events.Event{
+		Time:   events.Time(raw.Time),
+		Cookie: raw.Cookie,
+		Netns:  raw.Netns,
+		Flow:   flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort),
+		Old:    events.State(raw.OldState),
+		New:    events.State(raw.NewState),
+		Process: events.Process{
+			PID:    raw.Pid,
+			Cgroup: raw.Cgroup,
+			Comm:   *(*[16]byte)(unsafe.Pointer(&raw.Comm)),
+		},
+		Timers:   c.timers(raw.FinTimeout, raw.Linger2, raw.Rto),
+		Err:      raw.Err,
+		RcvShut:  raw.Shutdown&rcvShutdown != 0,
+		SndShut:  raw.Shutdown&sndShutdown != 0,
+		Dead:     raw.Dead != 0,
+		Done:     raw.Done != 0,
+		Accepted: raw.Accepted != 0,
+	}
+	return nil
+}
+
+// decodeRow reads one row of the iterator, which is 8-byte aligned.
+func (c clock) decodeRow(row []byte, s *events.Socket) error {
+	if len(row) != rowSize {
+		return fmt.Errorf("a row of %d bytes where the BPF program writes %d", len(row), rowSize)
+	}
+	raw := (*bpfRow)(unsafe.Pointer(unsafe.SliceData(row)))
+	*s = events.Socket{
+		Time:     events.Time(raw.Time),
+		Cookie:   raw.Cookie,
+		Inode:    raw.Inode,
+		Netns:    raw.Netns,
+		Flow:     flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort),
+		State:    events.State(raw.State),
+		Timers:   c.timers(raw.FinTimeout, raw.Linger2, raw.Rto),
+		Accepted: raw.Accepted != 0,
+		LastAck:  c.jiffies(int64(raw.LastAck)),
+		Entry:    -1,
+		Timer:    c.jiffies(int64(raw.Timer)),
+		HasTimer: raw.HasTimer != 0,
+	}
+	switch {
+	case raw.Minisock != 0:
+		s.Stage = events.Minisock
+		if raw.HasEntry != 0 {
+			s.Entry = time.Duration(raw.Entry) * time.Millisecond
+		}
+	case s.State == events.FinWait2 && raw.Dead != 0:
+		s.Stage = events.Orphaned
+	case s.State == events.FinWait2:
+		s.Stage = events.Held
+	}
+	return nil
+}
+
+func (c clock) timers(finTimeout uint32, linger2 int32, rto uint32) events.Timers {
+	return events.Timers{
+		FinTimeout: c.jiffies(int64(int32(finTimeout))),
+		Linger2:    c.jiffies(int64(linger2)),
+		RTO:        c.jiffies(int64(rto)),
+	}
+}
+
+func flow(local *[16]uint8, localPort uint16, remote *[16]uint8, remotePort uint16) events.Flow {
+	return events.Flow{
+		Local:  events.Endpoint{Addr: *local, Port: localPort},
+		Remote: events.Endpoint{Addr: *remote, Port: remotePort},
+	}
+}

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package probe
+
+import (
+	"encoding/binary"
+	"errors"
+	"os"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/fintrace/fintrace/internal/events"
+)
+
+// A Lookup asks for single sockets by sock_diag(7). Close it after a series.
+type Lookup struct {
+	paths map[uint32]string
+	conns map[uint32]*netlink.Conn
+}
+
+// Close ends the series.
+func (l *Lookup) Close() error {
+	var errs []error
+	for _, c := range l.conns {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// include/uapi/linux/inet_diag.h: struct inet_diag_req_v2 and the inet_diag_msg
+// that answers it, of which the second byte is the state.
+const (
+	diagRequestSize = 56
+	noCookie        = 0xffffffff // INET_DIAG_NOCOOKIE
+)
+
+// Has says whether the namespace has a connection, in any state, between the
+// two ends of a flow.
+func (l *Lookup) Has(netns uint32, f events.Flow) (bool, error) {
+	conn, err := l.dial(netns)
+	if err != nil {
+		return false, err
+	}
+	family, local, remote := byte(unix.AF_INET6), f.Local.IP().AsSlice(), f.Remote.IP().AsSlice()
+	if len(local) == 4 {
+		family = unix.AF_INET
+	}
+	req := make([]byte, diagRequestSize)
+	req[0], req[1] = family, unix.IPPROTO_TCP
+	binary.NativeEndian.PutUint32(req[4:], 0xffffffff) // all states
+	binary.BigEndian.PutUint16(req[8:], f.Local.Port)
+	binary.BigEndian.PutUint16(req[10:], f.Remote.Port)
+	copy(req[12:28], local)
+	copy(req[28:44], remote)
+	binary.NativeEndian.PutUint32(req[48:], noCookie)
+	binary.NativeEndian.PutUint32(req[52:], noCookie)
+	answers, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: netlink.Request},
+		Data:   req,
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	// The kernel falls back to the listener that would take a SYN of this flow.
+	for _, a := range answers {
+		if len(a.Data) > 1 && events.State(a.Data[1]) != events.Listen {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func (l *Lookup) dial(netns uint32) (*netlink.Conn, error) {
+	if c := l.conns[netns]; c != nil {
+		return c, nil
+	}
+	if l.paths == nil {
+		var err error
+		if l.paths, err = Namespaces(); err != nil {
+			return nil, err
+		}
+		l.conns = map[uint32]*netlink.Conn{}
+	}
+	path, ok := l.paths[netns]
+	if !ok {
+		return nil, os.ErrNotExist
+	}
+	var config netlink.Config
+	if path != "" {
+		ns, err := os.Open(path)
+		if err != nil {
+			return nil, err
+		}
+		defer ns.Close()
+		config.NetNS = int(ns.Fd())
+	}
+	c, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, &config)
+	if err != nil {
+		return nil, err
+	}
+	l.conns[netns] = c
+	return c, nil
+}

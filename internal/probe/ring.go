@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package probe
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// A ring is the consumer's end of a BPF ring buffer. The reader of cilium/ebpf
+// copies each record, takes a lock for it and consumes the first one as soon as
+// it is woken, which makes the kernel wake it again for the next; here records
+// are read in place, in batches, by the goroutine that uses them, and waiting
+// for them is a goroutine of its own.
+type ring struct {
+	file     *os.File
+	consumer []byte // the consumer's page, writable
+	producer []byte // the producer's page, then the data twice in a row
+	read     *atomic.Uint64
+	written  *atomic.Uint64
+	data     []byte
+	mask     uint64
+	ready    chan struct{}
+	done     chan struct{}
+}
+
+// kernel/bpf/ringbuf.c: each record starts with its length, whose upper two
+// bits are flags, and a page offset; records are aligned to 8 bytes.
+const (
+	recordHeader = 8
+	busyBit      = 1 << 31
+	discardBit   = 1 << 30
+)
+
+func newRing(m *ebpf.Map) (_ *ring, err error) {
+	fd, err := unix.FcntlInt(uintptr(m.FD()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate its descriptor: %w", err)
+	}
+	// Non-blocking, so that the Go runtime's poller takes it.
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return nil, errors.Join(fmt.Errorf("make it non-blocking: %w", err), unix.Close(fd))
+	}
+	r := &ring{
+		file:  os.NewFile(uintptr(fd), "ring buffer"),
+		mask:  uint64(m.MaxEntries()) - 1,
+		ready: make(chan struct{}, 1),
+		done:  make(chan struct{}),
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.unmap(), r.file.Close())
+		}
+	}()
+	page := os.Getpagesize()
+	r.consumer, err = unix.Mmap(fd, 0, page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("mmap the consumer page: %w", err)
+	}
+	r.producer, err = unix.Mmap(fd, int64(page), page+2*int(m.MaxEntries()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("mmap the data: %w", err)
+	}
+	r.read = (*atomic.Uint64)(unsafe.Pointer(unsafe.SliceData(r.consumer)))
+	r.written = (*atomic.Uint64)(unsafe.Pointer(unsafe.SliceData(r.producer)))
+	r.data = r.producer[page:]
+	conn, err := r.file.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("poll it: %w", err)
+	}
+	go r.wait(conn)
+	return r, nil
+}
+
+// wait turns wake-ups of the kernel into receives from ready, until close.
+func (r *ring) wait(conn syscall.RawConn) {
+	defer close(r.done)
+	for {
+		woken := false
+		// The poller is edge-triggered: false waits for the next wake-up.
+		if conn.Read(func(uintptr) bool { w := woken; woken = true; return w }) != nil {
+			return
+		}
+		select {
+		case r.ready <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// drain calls fn for each record in the buffer, in place. It returns the last
+// error of fn, having read on.
+func (r *ring) drain(fn func([]byte) error) (err error) {
+	for read := r.read.Load(); ; {
+		written := r.written.Load()
+		if read == written {
+			return err
+		}
+		for read < written {
+			start := read & r.mask
+			length := (*atomic.Uint32)(unsafe.Pointer(&r.data[start])).Load()
+			if length&busyBit != 0 {
+				// Still being written on another CPU, which will wake us:
+				// the position below says that we wait for this very record.
+				r.read.Store(read)
+				return err
+			}
+			size := uint64(length &^ discardBit)
+			if length&discardBit == 0 {
+				body := r.data[start+recordHeader : start+recordHeader+size]
+				if e := fn(body); e != nil {
+					err = e
+				}
+			}
+			read += (recordHeader + size + 7) &^ 7
+		}
+		// Stored before written is read again: a record committed in between
+		// sees it and either is found here or wakes us.
+		r.read.Store(read)
+	}
+}
+
+func (r *ring) close() error {
+	err := r.file.Close()
+	<-r.done
+	return errors.Join(err, r.unmap())
+}
+
+func (r *ring) unmap() error {
+	var errs []error
+	for _, m := range [][]byte{r.consumer, r.producer} {
+		if m != nil {
+			errs = append(errs, unix.Munmap(m))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package probe
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/fintrace/fintrace/internal/events"
+)
+
+// rowsPerRead bounds what one read of the iterator returns; the kernel's own
+// buffer for it holds some 290 rows.
+const rowsPerRead = 512
+
+// Snapshot walks the TCP sockets of every network namespace and calls fn with
+// the listeners, the connections in FIN_WAIT2, and those minisocks that went
+// from FIN_WAIT2 to TIME_WAIT within the last `since` and that fintrace has
+// seen before. A namespace's listeners come before its connections. The slice
+// is reused. What could not be looked at is in the Coverage; the error is for
+// when nothing could.
+func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.Coverage, error) {
+	cov := events.Coverage{Begin: Now(), Netns: map[uint32]events.NetnsCounters{}}
+	if err := p.objects.TimeWaitMaxAge.Set(uint32(min(since.Milliseconds(), 120_000))); err != nil {
+		return cov, fmt.Errorf("set the age of minisocks to show: %w", err)
+	}
+	namespaces, err := Namespaces()
+	if err != nil {
+		return cov, err
+	}
+	buf := rowBuffer{bytes: make([]byte, rowsPerRead*rowSize), sockets: make([]events.Socket, 0, rowsPerRead)}
+	for inode, path := range namespaces {
+		counters, err := p.walk(path, &buf, fn)
+		if err != nil {
+			if !gone(err) {
+				cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
+			}
+			continue
+		}
+		cov.Netns[inode] = counters
+	}
+	cov.End = Now()
+	slices.Sort(cov.Skipped)
+	if len(cov.Netns) == 0 {
+		return cov, errors.New("no network namespace could be looked at: " + strings.Join(cov.Skipped, "; "))
+	}
+	return cov, nil
+}
+
+type rowBuffer struct {
+	bytes   []byte
+	sockets []events.Socket
+}
+
+func (p *Probe) walk(path string, buf *rowBuffer, fn func([]events.Socket)) (events.NetnsCounters, error) {
+	var (
+		counters events.NetnsCounters
+		iter     io.ReadCloser
+	)
+	// The iterator keeps to the namespace it was opened in.
+	err := inNamespace(path, func() (err error) {
+		counters.TimeWaitOverflow, err = timeWaitOverflow()
+		if err != nil {
+			return err
+		}
+		// The hash table is the whole host's: where there is no socket, do not walk it.
+		used, err := usesTCP()
+		if err != nil || !used {
+			return err
+		}
+		iter, err = p.walker.Open()
+		return err
+	})
+	if err != nil || iter == nil {
+		return counters, err
+	}
+	defer iter.Close()
+
+	filled := 0
+	for {
+		n, err := iter.Read(buf.bytes[filled:])
+		filled += n
+		buf.sockets = buf.sockets[:0]
+		used := 0
+		for ; filled-used >= rowSize; used += rowSize {
+			var s events.Socket
+			if err := p.clock.decodeRow(buf.bytes[used:used+rowSize], &s); err != nil {
+				return counters, err
+			}
+			buf.sockets = append(buf.sockets, s)
+		}
+		filled = copy(buf.bytes, buf.bytes[used:filled])
+		if len(buf.sockets) > 0 {
+			fn(buf.sockets)
+		}
+		if errors.Is(err, io.EOF) {
+			return counters, nil
+		}
+		if err != nil {
+			return counters, fmt.Errorf("walk the sockets: %w", err)
+		}
+	}
+}
+
+// usesTCP says whether the calling thread's network namespace has a TCP socket,
+// orphans included, or a minisock.
+func usesTCP() (bool, error) {
+	v4, err := protocolCounts("/proc/thread-self/net/sockstat", "TCP:")
+	if err != nil {
+		return false, err
+	}
+	v6, err := protocolCounts("/proc/thread-self/net/sockstat6", "TCP6:")
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // a kernel without IPv6
+		return false, err
+	}
+	return v4["inuse"]+v4["tw"]+v6["inuse"] > 0, nil
+}
+
+// protocolCounts reads the "name value" pairs of the line that starts with prefix.
+func protocolCounts(path, prefix string) (map[string]uint64, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	counts := map[string]uint64{}
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		if len(fields) == 0 || fields[0] != prefix {
+			continue
+		}
+		for i := 1; i+1 < len(fields); i += 2 {
+			n, err := strconv.ParseUint(fields[i+1], 10, 64)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %s %s: %w", path, prefix, fields[i], err)
+			}
+			counts[fields[i]] = n
+		}
+	}
+	return counts, nil
+}
+
+// timeWaitOverflow reads TcpExt TCPTimeWaitOverflow of the calling thread's
+// network namespace: a line of names, then a line of values.
+func timeWaitOverflow() (uint64, error) {
+	const path, prefix, name = "/proc/thread-self/net/netstat", "TcpExt:", "TCPTimeWaitOverflow"
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	column := -1
+	for lines.Scan() {
+		fields := strings.Fields(lines.Text())
+		switch {
+		case len(fields) == 0 || fields[0] != prefix:
+		case column < 0:
+			column = slices.Index(fields, name)
+		case column < len(fields):
+			return strconv.ParseUint(fields[column], 10, 64)
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return 0, err
+	}
+	return 0, fmt.Errorf("%s has no %s %s", path, prefix, name)
+}

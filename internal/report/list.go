@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package report
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/fintrace/fintrace/internal/track"
+)
+
+// SortOldest puts the oldest first.
+func SortOldest(conns []track.Conn) {
+	slices.SortFunc(conns, func(a, b track.Conn) int {
+		return cmp.Or(cmp.Compare(b.Duration, a.Duration), cmp.Compare(a.Cookie, b.Cookie))
+	})
+}
+
+// List prints connections as a table.
+func List(w io.Writer, conns []track.Conn, style Style) error {
+	columns := []column{
+		{title: "AGE", right: true},
+		{title: "STAGE", drop: 2},
+		{title: "LOCAL"},
+		{title: "PEER"},
+		{title: "SIDE", drop: 5},
+		{title: "PROCESS", drop: 3},
+		{title: "LIMIT", drop: 1},
+	}
+	rows := make([][]string, len(conns))
+	for i := range conns {
+		c := &conns[i]
+		limit := c.Limit.Source()
+		if c.Overdue {
+			limit = "PAST " + limit
+		}
+		rows[i] = []string{age(c), c.Stage.String(), c.Flow.Local.String(), c.Flow.Remote.String(),
+			c.Side.String(), processName(c.Process), limit}
+	}
+	return print(w, table(columns, rows, style.Width), style, func(row int) bool { return conns[row].Overdue })
+}
+
+// print writes a table's lines: the titles bold, the marked rows red.
+func print(w io.Writer, lines []string, style Style, marked func(row int) bool) error {
+	for i, text := range lines {
+		switch {
+		case i == 0:
+			text = style.paint("1", text)
+		case marked(i - 1):
+			text = style.paint("31", text)
+		}
+		if _, err := fmt.Fprintln(w, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Group is connections that have something in common.
+type Group struct {
+	Keys    []string
+	Count   int
+	Overdue int
+	Oldest  time.Duration
+	AtLeast bool // Oldest is a lower bound
+}
+
+// Keys are what connections can be grouped by.
+var Keys = []string{"peer", "port", "process", "stage"}
+
+// GroupBy groups connections, the largest group first. Keys must be of Keys.
+func GroupBy(conns []track.Conn, keys []string) []Group {
+	groups := map[string]*Group{}
+	for i := range conns {
+		c := &conns[i]
+		values := make([]string, len(keys))
+		for k, key := range keys {
+			values[k] = keyOf(c, key)
+		}
+		id := strings.Join(values, "\x00")
+		g := groups[id]
+		if g == nil {
+			g = &Group{Keys: values}
+			groups[id] = g
+		}
+		g.Count++
+		if c.Overdue {
+			g.Overdue++
+		}
+		if c.Duration > g.Oldest {
+			g.Oldest, g.AtLeast = c.Duration, !c.SinceExact
+		}
+	}
+	sorted := make([]Group, 0, len(groups))
+	for _, g := range groups {
+		sorted = append(sorted, *g)
+	}
+	slices.SortFunc(sorted, func(a, b Group) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), slices.Compare(a.Keys, b.Keys))
+	})
+	return sorted
+}
+
+func keyOf(c *track.Conn, key string) string {
+	switch key {
+	case "peer":
+		return c.Flow.Remote.IP().String()
+	case "port":
+		return portOf(c)
+	case "process":
+		return processName(c.Process)
+	}
+	return c.Stage.String()
+}
+
+// portOf is the port that names the service: ours where the peer is the client.
+func portOf(c *track.Conn) string {
+	return fmt.Sprintf("%s %d", c.Side, c.ServicePort())
+}
+
+// Groups prints groups as a table.
+func Groups(w io.Writer, keys []string, groups []Group, style Style) error {
+	columns := make([]column, 0, len(keys)+3)
+	for _, k := range keys {
+		columns = append(columns, column{title: strings.ToUpper(k)})
+	}
+	columns = append(columns, column{title: "COUNT", right: true}, column{title: "OVERDUE", right: true},
+		column{title: "OLDEST", right: true})
+	rows := make([][]string, len(groups))
+	for i, g := range groups {
+		oldest := Duration(g.Oldest)
+		if g.AtLeast {
+			oldest = "≥" + oldest
+		}
+		rows[i] = append(slices.Clone(g.Keys), fmt.Sprint(g.Count), fmt.Sprint(g.Overdue), oldest)
+	}
+	return print(w, table(columns, rows, style.Width), style, func(row int) bool { return groups[row].Overdue > 0 })
+}
+
+// GroupRecord is a group as JSON: its keys under their names.
+func GroupRecord(keys []string, g Group) map[string]any {
+	r := map[string]any{"count": g.Count, "overdue": g.Overdue, "oldest_seconds": g.Oldest.Seconds(),
+		"oldest_exact": !g.AtLeast}
+	for i, k := range keys {
+		r[k] = g.Keys[i]
+	}
+	return r
+}

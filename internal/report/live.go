@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package report
+
+import (
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/track"
+)
+
+// Style is how text is laid out.
+type Style struct {
+	Width int  // cells of the terminal, 0: no limit
+	Color bool // ANSI colours
+}
+
+func (s Style) paint(code, text string) string {
+	if !s.Color {
+		return text
+	}
+	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}
+
+// Live prints notices, a line each, as they come.
+type Live struct {
+	w       io.Writer
+	style   Style
+	names   *Names
+	columns []column
+}
+
+// NewLive prints to w.
+func NewLive(w io.Writer, style Style, names *Names) *Live {
+	return &Live{w: w, style: style, names: names, columns: fit([]column{
+		{title: "TIME", width: 8, drop: 3},
+		{title: "EVENT", width: 9},
+		{title: "AGE", width: 7, right: true},
+		{title: "STAGE", width: 8, drop: 5},
+		{title: "LOCAL", width: 21, drop: 7},
+		{title: "PORT", width: 5, right: true},
+		{title: "PEER", width: 21},
+		{title: "SIDE", width: 8, drop: 6},
+		{title: "PROCESS", width: 18, drop: 4},
+		{title: "WHY", width: 36, drop: 1},
+	}, style.Width)}
+}
+
+// Header prints the names of the columns.
+func (l *Live) Header() error {
+	_, err := fmt.Fprintln(l.w, l.style.paint("1", line(l.columns, titles(l.columns))))
+	return err
+}
+
+// Notice prints one notice.
+func (l *Live) Notice(n *track.Notice) error {
+	c := &n.Conn
+	text := line(l.columns, []string{
+		l.names.Wall(n.Time).Format(time.TimeOnly),
+		n.Kind.String(),
+		age(c),
+		c.Stage.String(),
+		c.Flow.Local.String(),
+		fmt.Sprint(c.Flow.Local.Port),
+		c.Flow.Remote.String(),
+		c.Side.String(),
+		processName(c.Process),
+		why(n),
+	})
+	switch {
+	case n.Kind == track.Overdue:
+		text = l.style.paint("31", text)
+	case n.Kind == track.Closed && c.End != events.PeerFIN:
+		text = l.style.paint("33", text)
+	}
+	_, err := fmt.Fprintln(l.w, text)
+	return err
+}
+
+// why is the sentence at the end of a line: what happened, in the terms of the kind.
+func why(n *track.Notice) string {
+	c := &n.Conn
+	limit := fmt.Sprintf("limit %s, %s", Duration(c.Limit.Duration), c.Limit.Source())
+	switch n.Kind {
+	case track.Overdue:
+		return "past its " + limit
+	case track.Closed:
+		return c.End.String() + stages(c)
+	case track.Moved:
+		if c.ClosedBy == events.ByClose {
+			return "closed, " + limit
+		}
+	}
+	return limit
+}
+
+// stages says how the time was spent, where that was in more than one stage.
+func stages(c *track.Conn) string {
+	if !c.StagesKnown {
+		return ""
+	}
+	text, parts := "", 0
+	for _, part := range []struct {
+		stage events.Stage
+		time  time.Duration
+	}{{events.Held, c.Held}, {events.Orphaned, c.Orphaned}, {events.Minisock, c.Minisock}} {
+		if part.time > 0 {
+			parts++
+			text += fmt.Sprintf(", %s %s", part.stage, Duration(part.time))
+		}
+	}
+	if parts < 2 {
+		return ""
+	}
+	return text
+}
+
+// Transition prints one state change of one socket. Was is the time in the old
+// state, negative if unknown.
+func (l *Live) Transition(at events.Time, flow events.Flow, from, to string, was time.Duration, p events.Process) error {
+	spent := "?"
+	if was >= 0 {
+		spent = Duration(was)
+	}
+	_, err := fmt.Fprintf(l.w, "%s  %-21s  %-21s  %s → %s  %s  %s\n", l.names.Wall(at).Format("15:04:05.000"),
+		flow.Local, flow.Remote, from, to, spent, processName(p))
+	return err
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package track
+
+import (
+	"time"
+
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/limits"
+)
+
+// jiffy is the longest there is (CONFIG_HZ=100): how exact a kernel timer's time is.
+const jiffy = 10 * time.Millisecond
+
+// BeginSnapshot is called before the first socket of a snapshot is read.
+func (t *Tracker) BeginSnapshot(now events.Time) {
+	t.pass++
+	t.began = now
+	t.doubtful = false
+	clear(t.ended)
+}
+
+// Observe takes sockets of the running snapshot. The notices are valid until
+// the next call of a method that returns some.
+func (t *Tracker) Observe(sockets []events.Socket) []Notice {
+	t.notices = t.notices[:0]
+	for n := range sockets {
+		s := &sockets[n]
+		if s.State == events.Listen {
+			t.listeners[listener{s.Netns, s.Flow.Local.Port}] = t.pass
+			continue
+		}
+		i, known := t.table[s.Cookie]
+		switch {
+		case known && s.State == events.TimeWait:
+			t.finished(i, s)
+		case known:
+			t.refresh(i, s)
+		case s.State == events.FinWait2:
+			t.seed(s)
+		}
+	}
+	return t.notices
+}
+
+// finished ends a minisock that the peer's FIN has moved on to TIME_WAIT. Its
+// timer was set to 60 s then, and where the peer sends timestamps its entry
+// stamp was renewed; both are renewed again by later packets.
+func (t *Tracker) finished(i index, s *events.Socket) {
+	c := t.slab.at(i)
+	at := s.Time
+	if s.HasTimer {
+		at = min(at, s.Time.Add(s.Timer-limits.TimeWaitLen))
+	}
+	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive {
+		at = min(at, stamp)
+	}
+	if c.stage != events.Minisock {
+		// The record of the handover was lost.
+		t.counters.Corrected++
+		c.unsplit = c.closed == 0
+		t.setStage(c, events.Minisock)
+		c.mini = c.closed
+	}
+	t.end(i, max(at, c.alive), events.PeerFIN, true)
+}
+
+// refresh brings a connection up to date with what a snapshot shows of it.
+func (t *Tracker) refresh(i index, s *events.Socket) {
+	c := t.slab.at(i)
+	c.pass = t.pass
+	if s.Time <= c.alive {
+		return // Read before the last event.
+	}
+	c.alive = s.Time
+	switch {
+	case s.Stage == c.stage:
+		t.refreshLimit(i, s)
+	case s.Stage > c.stage:
+		// The record of its closing was lost.
+		t.counters.Corrected++
+		t.setStage(c, s.Stage)
+		t.dateClosed(c, s)
+		t.moved(i, s.Time)
+	}
+}
+
+func (t *Tracker) refreshLimit(i index, s *events.Socket) {
+	c := t.slab.at(i)
+	before := c.finTimeout
+	switch c.stage {
+	case events.Held:
+		c.setTimers(s.Timers)
+	case events.Minisock:
+		if s.HasTimer && !c.oddTimer {
+			c.deadline = s.Time.Add(s.Timer)
+		}
+	}
+	if c.finTimeout != before || c.stage == events.Minisock {
+		t.confirm(i, s.Time)
+	}
+}
+
+// confirm is for a connection that a snapshot has shown to be there: it is
+// overdue, or will be asked for again.
+func (t *Tracker) confirm(i index, now events.Time) {
+	c := t.slab.at(i)
+	if !c.overdue && c.stage == events.Minisock && c.overdueFrom(c.limit(&t.rules)) <= now {
+		t.passLimit(c, now)
+	}
+	t.relimit(i, now)
+}
+
+// seed opens a connection that was there before us, or whose record was lost.
+func (t *Tracker) seed(s *events.Socket) {
+	if _, ended := t.ended[s.Cookie]; ended {
+		return // It left after it was read.
+	}
+	i := t.add(s.Cookie)
+	if i == 0 {
+		return
+	}
+	c := t.slab.at(i)
+	c.flow = s.Flow
+	c.netns = s.Netns
+	t.setStage(c, s.Stage)
+	c.side = t.sideOf(s.Accepted, s.Netns, s.Flow.Local.Port)
+	c.alive = s.Time
+	c.pass = t.pass
+	c.process = s.Process
+	c.setTimers(s.Timers)
+	if c.stage == events.Held && c.process.Known() {
+		c.closedBy = events.ByShutdown
+	}
+	if c.stage == events.Minisock {
+		// The entry stamp is the time of the last packet before the handover:
+		// the peer's ACK of our FIN, if it has been silent since.
+		c.since, c.inexact = s.Time.Add(-max(s.Entry, 0)), s.Entry < 0
+	} else {
+		// Likewise, but any later packet makes it a bound: unknown which.
+		c.since, c.inexact = s.Time.Add(-s.LastAck), true
+	}
+	if c.stage != events.Held {
+		c.closedBy = events.ByClose
+		t.dateClosed(c, s)
+	}
+	t.arm(i)
+	t.notify(Opened, c, s.Time)
+}
+
+// dateClosed finds out when a closed connection was closed, and became a
+// minisock, from the timer that ends it.
+func (t *Tracker) dateClosed(c *conn, s *events.Socket) {
+	c.setTimers(s.Timers)
+	limit := t.rules.For(c.stage, s.Timers)
+	finTime := limits.FinTime(s.Timers)
+	miniLife := finTime
+	if finTime > limits.TimeWaitLen {
+		miniLife -= limits.TimeWaitLen
+	}
+	switch {
+	case !s.HasTimer: // An orphan that is just being made.
+		c.closed = s.Time
+		c.deadline = s.Time.Add(limit.Duration)
+		return
+	case c.stage == events.Orphaned:
+		c.deadline = s.Time.Add(s.Timer + miniLife)
+	default:
+		c.deadline = s.Time.Add(s.Timer)
+		c.mini = c.deadline.Add(-miniLife)
+	}
+	const stampError = 2*jiffy + 5*time.Millisecond
+	c.closed = c.deadline.Add(-limit.Duration)
+	switch early := c.since.Sub(c.closed); {
+	case c.inexact && early > 0:
+		c.since = c.closed // It was in FIN_WAIT2 when it was closed, at the latest.
+		c.unsplit = true
+	case early > stampError:
+		// A shorter timer than the settings give: TCP_LINGER2, or they have changed.
+		c.closed, c.oddTimer, c.unsplit = c.since, true, true
+	case early >= -stampError:
+		c.closed = c.since // Closed at its entry, as most are.
+	default:
+		// Held before it was closed, or a longer timer than the settings give.
+		c.unsplit = true
+	}
+	if c.stage == events.Minisock {
+		c.mini = max(c.mini, c.closed)
+	}
+}
+
+// EndSnapshot is called after the last socket of a snapshot. What the snapshot
+// should have shown and did not has left: its record was lost, or it was a
+// minisock, which leaves without one. To tell a minisock's reset from a peer's
+// FIN whose TIME_WAIT has made room for a new connection, reused says whether
+// somebody has the flow now. The notices are valid until the next call of a
+// method that returns some.
+func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f events.Flow) bool) []Notice {
+	t.notices = t.notices[:0]
+	full := map[uint32]uint64{}
+	for netns, counters := range cov.Netns {
+		if before, ok := t.overflow[netns]; ok {
+			full[netns] = counters.TimeWaitOverflow - before
+		}
+	}
+	for _, i := range t.table {
+		c := t.slab.at(i)
+		if _, covered := cov.Netns[c.netns]; !covered || c.pass == t.pass || c.alive >= t.began {
+			continue
+		}
+		switch {
+		case c.stage != events.Minisock:
+			t.counters.Corrected++
+			t.end(i, c.alive, events.Unseen, false)
+		case c.deadline <= cov.End.Add(jiffy):
+			t.end(i, max(c.deadline, c.alive), events.KernelTimeout, true)
+		case c.alive == c.mini && full[c.netns] > 0: // no snapshot ever showed the minisock
+			full[c.netns]--
+			t.end(i, c.mini, events.TableFull, true)
+		case reused(c.netns, c.flow):
+			t.end(i, c.alive, events.Unseen, false)
+		default:
+			t.end(i, c.alive, events.Reset, false)
+		}
+	}
+	for l, pass := range t.listeners {
+		if _, covered := cov.Netns[l.netns]; covered && pass != t.pass {
+			delete(t.listeners, l)
+		}
+	}
+	clear(t.overflow)
+	for netns, counters := range cov.Netns {
+		t.overflow[netns] = counters.TimeWaitOverflow
+	}
+	t.began = 0
+	clear(t.ended)
+	return t.notices
+}

@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package track is the table of connections in FIN_WAIT2. Events, snapshots and
+// the time come in as values, and what they mean goes out as notices: it has no
+// goroutine, lock, clock, log or I/O.
+package track
+
+import (
+	"syscall"
+	"time"
+
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/limits"
+)
+
+// Grace is how long past its limit a connection is overdue, so that a timer
+// which ends it on time is no alert.
+const Grace = 2 * time.Second
+
+// DefaultCapacity is how many connections are tracked at most.
+const DefaultCapacity = 1 << 20
+
+// Kind is what a Notice is about.
+type Kind uint8
+
+const (
+	// Opened: it entered FIN_WAIT2, or was found in it.
+	Opened Kind = iota + 1
+	// Moved: it went on to another stage.
+	Moved
+	// Overdue: it passed its limit and the grace, and is still there.
+	Overdue
+	// Recovered: it is no longer overdue, though still in FIN_WAIT2.
+	Recovered
+	// Closed: it left FIN_WAIT2.
+	Closed
+)
+
+func (k Kind) String() string {
+	return [...]string{"unknown", "opened", "moved", "overdue", "recovered", "closed"}[k]
+}
+
+// Notice is something that happened to a connection. Conn is as of Time.
+type Notice struct {
+	Kind Kind
+	Time events.Time
+	Conn Conn
+}
+
+// Counters are totals since New.
+type Counters struct {
+	Entered   uint64 // into FIN_WAIT2, the ones found in it included
+	Left      uint64
+	Shed      uint64 // entered while the table was full, not tracked
+	Corrected uint64 // put right by a snapshot: the record of it was lost
+}
+
+// Tracker is the table. It is not safe for concurrent use.
+//
+// A snapshot is fed to it between BeginSnapshot and EndSnapshot, a few sockets
+// at a time as they are read. Events that were sent before a batch was read
+// must be applied before the batch is.
+type Tracker struct {
+	rules    limits.Rules
+	capacity int
+	table    map[uint64]index
+	slab     slab
+	wheel    wheel
+	counters Counters
+	stages   [events.Minisock + 1]int // connections in each
+	notices  []Notice
+
+	pass      uint32              // counts snapshots
+	began     events.Time         // when the running snapshot began; 0: none runs
+	ended     map[uint64]struct{} // cookies that left while it runs
+	doubtful  bool                // a minisock is past its deadline, and only a snapshot can tell
+	listeners map[listener]uint32 // by the pass that saw them last
+	overflow  map[uint32]uint64   // TCPTimeWaitOverflow as last seen, by namespace
+}
+
+type listener struct {
+	netns uint32
+	port  uint16
+}
+
+// New makes an empty table of at most capacity connections.
+func New(rules limits.Rules, capacity int) *Tracker {
+	return &Tracker{
+		rules:     rules,
+		capacity:  capacity,
+		table:     map[uint64]index{},
+		ended:     map[uint64]struct{}{},
+		listeners: map[listener]uint32{},
+		overflow:  map[uint32]uint64{},
+	}
+}
+
+// Len is how many connections are in the table.
+func (t *Tracker) Len() int { return len(t.table) }
+
+// Count is how many of them are in a stage.
+func (t *Tracker) Count(stage events.Stage) int { return t.stages[stage] }
+
+// Counters returns the totals.
+func (t *Tracker) Counters() Counters { return t.counters }
+
+// Next is when Advance should be called, at the latest; ok is false for never.
+func (t *Tracker) Next() (at events.Time, ok bool) {
+	at = t.wheel.next()
+	return at, at != noDeadline
+}
+
+// WantsSnapshot says that minisocks are past their deadline: no event shows
+// their end, so that only a snapshot tells the ended from the overdue.
+func (t *Tracker) WantsSnapshot() bool { return t.doubtful }
+
+// Get returns a connection as of now.
+func (t *Tracker) Get(cookie uint64, now events.Time) (Conn, bool) {
+	i, ok := t.table[cookie]
+	if !ok {
+		return Conn{}, false
+	}
+	return t.view(t.slab.at(i), now), true
+}
+
+// SetProcess names the process of a connection whose process is not known.
+func (t *Tracker) SetProcess(cookie uint64, p events.Process) {
+	if i, ok := t.table[cookie]; ok && !t.slab.at(i).process.Known() {
+		t.slab.at(i).process = p
+	}
+}
+
+// All calls fn for each connection, in no order, as of now.
+func (t *Tracker) All(now events.Time, fn func(Conn)) {
+	for _, i := range t.table {
+		fn(t.view(t.slab.at(i), now))
+	}
+}
+
+// Advance makes the time now. The notices are valid until the next call of a
+// method that returns some.
+func (t *Tracker) Advance(now events.Time) []Notice {
+	t.notices = t.notices[:0]
+	t.wheel.expire(&t.slab, now, func(i index) {
+		c := t.slab.at(i)
+		if c.stage == events.Minisock {
+			t.doubtful = true
+			return
+		}
+		t.passLimit(c, now)
+	})
+	return t.notices
+}
+
+// Apply takes an event. The notices are valid until the next call of a method
+// that returns some.
+func (t *Tracker) Apply(ev *events.Event) []Notice {
+	t.notices = t.notices[:0]
+	switch {
+	case ev.Old == events.FinWait1 && ev.New == events.FinWait2:
+		t.enter(ev)
+	case ev.Old == events.FinWait2 && ev.New == events.FinWait2:
+		t.close(ev)
+	case ev.Old == events.FinWait2:
+		t.leave(ev)
+	}
+	return t.notices
+}
+
+// enter is FIN_WAIT1 → FIN_WAIT2: the peer has acknowledged our FIN.
+func (t *Tracker) enter(ev *events.Event) {
+	if ev.Dead && limits.FinTime(ev.Timers) <= limits.TimeWaitLen {
+		return // The handover to a minisock follows at once, and says it all.
+	}
+	if i, ok := t.table[ev.Cookie]; ok {
+		// A snapshot was quicker.
+		c := t.slab.at(i)
+		c.since, c.inexact, c.unsplit = ev.Time, false, false
+		t.relimit(i, ev.Time)
+		return
+	}
+	i := t.open(ev)
+	if i == 0 {
+		return
+	}
+	c := t.slab.at(i)
+	t.setStage(c, events.Held)
+	if c.process.Known() {
+		c.closedBy = events.ByShutdown
+	}
+	if ev.Dead {
+		t.orphan(c, ev)
+	}
+	t.arm(i)
+	t.notify(Opened, c, ev.Time)
+}
+
+// close is FIN_WAIT2 → FIN_WAIT2: tcp_close_state() of close() on a held socket.
+func (t *Tracker) close(ev *events.Event) {
+	i, known := t.table[ev.Cookie]
+	if !known {
+		if i = t.discover(ev); i == 0 {
+			return
+		}
+		t.arm(i)
+		t.notify(Opened, t.slab.at(i), ev.Time)
+	}
+	c := t.slab.at(i)
+	c.alive = ev.Time
+	if ev.Process.Known() {
+		c.process = ev.Process
+	}
+	c.closedBy = events.ByClose
+	c.setTimers(ev.Timers)
+	if limits.FinTime(ev.Timers) <= limits.TimeWaitLen || ev.Timers.Linger2 < 0 {
+		return // As in enter: what comes of it follows at once.
+	}
+	t.orphan(c, ev)
+	t.moved(i, ev.Time)
+}
+
+// leave is FIN_WAIT2 → CLOSE, which for the event stream is the end, but for
+// the connection may be the handover to a minisock.
+func (t *Tracker) leave(ev *events.Event) {
+	i, known := t.table[ev.Cookie]
+	if !known {
+		if i = t.discover(ev); i == 0 {
+			return
+		}
+	}
+	c := t.slab.at(i)
+	end := endOf(ev)
+	life := limits.FinTime(ev.Timers)
+	if known && c.stage == events.Orphaned && end == 0 && life <= limits.TimeWaitLen {
+		// tcp_keepalive_timer() reads tcp_fin_time() anew, and resets where it
+		// leaves nothing above 60 s for a minisock.
+		end = events.KernelTimeout
+	}
+	if end != 0 {
+		if !known {
+			t.notify(Opened, c, ev.Time)
+		}
+		t.end(i, ev.Time, end, true)
+		return
+	}
+	if life > limits.TimeWaitLen {
+		life -= limits.TimeWaitLen
+	}
+	c.setTimers(ev.Timers)
+	c.alive, c.mini, c.deadline = ev.Time, ev.Time, ev.Time.Add(life)
+	if c.closed == 0 {
+		c.closed = ev.Time
+	}
+	c.closedBy = events.ByClose
+	t.setStage(c, events.Minisock)
+	if known {
+		t.moved(i, ev.Time)
+		return
+	}
+	t.arm(i)
+	t.notify(Opened, c, ev.Time)
+}
+
+// endOf tells the endings apart that a record of FIN_WAIT2 → CLOSE shows; 0 is
+// the handover to a minisock.
+func endOf(ev *events.Event) events.End {
+	switch syscall.Errno(ev.Err) {
+	case 0:
+	case syscall.ECONNRESET:
+		if ev.RcvShut {
+			// tcp_reset() runs both for a RST that came and for the one we
+			// send because data came that nobody will read.
+			return events.Reset
+		}
+		return events.PeerReset
+	case syscall.ECONNABORTED:
+		return events.Destroyed
+	default:
+		return events.KernelTimeout // tcp_write_err(): keepalive or TCP_USER_TIMEOUT
+	}
+	switch {
+	case ev.Done:
+		return events.PeerFIN
+	case !ev.Dead, ev.Timers.Linger2 < 0:
+		return events.LocalReset
+	}
+	return 0
+}
+
+// discover opens the connection of an event other than its entry: it entered
+// before us, or the record was lost, or it is one of those that the kernel side
+// reports once, as it hands them over.
+func (t *Tracker) discover(ev *events.Event) index {
+	i := t.open(ev)
+	if i == 0 {
+		return 0
+	}
+	c := t.slab.at(i)
+	c.inexact = true
+	t.setStage(c, events.Held)
+	if ev.New == events.Close && ev.Dead {
+		t.orphan(c, ev)
+		c.inexact = limits.FinTime(ev.Timers) > limits.TimeWaitLen
+	}
+	return i
+}
+
+// open makes a connection that enters with an event; 0 if the table is full.
+func (t *Tracker) open(ev *events.Event) index {
+	i := t.add(ev.Cookie)
+	if i == 0 {
+		return 0
+	}
+	c := t.slab.at(i)
+	c.process = ev.Process
+	c.flow = ev.Flow
+	c.netns = ev.Netns
+	c.since = ev.Time
+	c.alive = ev.Time
+	c.setTimers(ev.Timers)
+	c.side = t.sideOf(ev.Accepted, ev.Netns, ev.Flow.Local.Port)
+	return i
+}
+
+func (t *Tracker) add(cookie uint64) index {
+	if len(t.table) >= t.capacity {
+		t.counters.Shed++
+		return 0
+	}
+	i := t.slab.take()
+	t.slab.at(i).cookie = cookie
+	t.table[cookie] = i
+	t.counters.Entered++
+	return i
+}
+
+func (t *Tracker) sideOf(accepted bool, netns uint32, port uint16) events.Side {
+	if accepted {
+		return events.Inbound
+	}
+	if _, listening := t.listeners[listener{netns, port}]; listening {
+		return events.Inbound
+	}
+	return events.Outbound
+}
+
+// orphan makes c a full socket without a process.
+func (t *Tracker) orphan(c *conn, ev *events.Event) {
+	t.setStage(c, events.Orphaned)
+	c.closedBy = events.ByClose
+	c.closed = ev.Time
+	c.deadline = ev.Time.Add(t.rules.For(events.Orphaned, ev.Timers).Duration)
+}
+
+// arm sets the one timer of a connection.
+func (t *Tracker) arm(i index) {
+	c := t.slab.at(i)
+	t.wheel.remove(&t.slab, i)
+	l := c.limit(&t.rules)
+	if c.stage == events.Minisock && !c.overdue {
+		// Timers rarely use all of their slack: look once before, then when
+		// it is overdue.
+		check := c.deadline.Add(l.Slack / 2)
+		if check <= c.alive {
+			check = c.overdueFrom(l)
+		}
+		t.wheel.add(&t.slab, i, check)
+		return
+	}
+	if !c.overdue {
+		t.wheel.add(&t.slab, i, c.overdueFrom(l))
+	}
+}
+
+// overdueFrom is when c is past its limit, the timer's slack and the grace.
+func (c *conn) overdueFrom(l limits.Limit) events.Time {
+	from := c.limitFrom().Add(l.Duration)
+	if c.stage == events.Minisock {
+		from = c.deadline
+	}
+	return from.Add(l.Slack + Grace)
+}
+
+// passLimit makes c overdue.
+func (t *Tracker) passLimit(c *conn, now events.Time) {
+	if c.overdue {
+		return
+	}
+	c.overdue = true
+	t.notify(Overdue, c, now)
+}
+
+// moved is after a change of stage, or of limit: c may no longer be overdue.
+func (t *Tracker) moved(i index, now events.Time) {
+	t.relimit(i, now)
+	t.notify(Moved, t.slab.at(i), now)
+}
+
+func (t *Tracker) relimit(i index, now events.Time) {
+	c := t.slab.at(i)
+	if c.overdue && c.overdueFrom(c.limit(&t.rules)) > now {
+		c.overdue = false
+		t.notify(Recovered, c, now)
+	}
+	t.arm(i)
+}
+
+// end takes a connection out of the table.
+func (t *Tracker) end(i index, at events.Time, end events.End, exact bool) {
+	c := t.slab.at(i)
+	v := t.view(c, at)
+	v.End, v.EndExact = end, exact
+	t.notices = append(t.notices, Notice{Kind: Closed, Time: at, Conn: v})
+	if t.began != 0 {
+		t.ended[c.cookie] = struct{}{}
+	}
+	t.stages[c.stage]--
+	t.wheel.remove(&t.slab, i)
+	delete(t.table, c.cookie)
+	t.slab.give(i)
+	t.counters.Left++
+}
+
+// setStage moves c to a stage, or into its first.
+func (t *Tracker) setStage(c *conn, stage events.Stage) {
+	if c.stage != 0 {
+		t.stages[c.stage]--
+	}
+	c.stage = stage
+	t.stages[stage]++
+}
+
+func (t *Tracker) notify(kind Kind, c *conn, at events.Time) {
+	t.notices = append(t.notices, Notice{Kind: kind, Time: at, Conn: t.view(c, at)})
+}
