@@ -71,8 +71,19 @@ func NewNamespace(t testing.TB) *Namespace {
 	if err != nil {
 		t.Fatal("hold a network namespace:", err)
 	}
+	output, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal("hold a network namespace:", err)
+	}
 	if err := holder.Start(); err != nil {
 		t.Fatal("make a network namespace:", err)
+	}
+	// Its answer shows that it no longer has copies of the test's descriptors.
+	if _, err := input.Write([]byte{0}); err != nil {
+		t.Fatal("hold a network namespace:", err)
+	}
+	if _, err := output.Read(make([]byte, 1)); err != nil {
+		t.Fatal("hold a network namespace:", err)
 	}
 	t.Cleanup(func() {
 		input.Close()

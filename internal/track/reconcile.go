@@ -12,6 +12,9 @@ import (
 // jiffy is the longest there is (CONFIG_HZ=100): how exact a kernel timer's time is.
 const jiffy = 10 * time.Millisecond
 
+// stampError is how far an entry stamp, in whole milliseconds, may be off.
+const stampError = 2 * time.Millisecond
+
 // BeginSnapshot is called before the first socket of a snapshot is read.
 func (t *Tracker) BeginSnapshot(now events.Time) {
 	t.pass++
@@ -45,14 +48,14 @@ func (t *Tracker) Observe(sockets []events.Socket) []Notice {
 
 // finished ends a minisock that the peer's FIN has moved on to TIME_WAIT. Its
 // timer was set to 60 s then, and where the peer sends timestamps its entry
-// stamp was renewed; both are renewed again by later packets.
+// stamp was renewed; later packets renew both again.
 func (t *Tracker) finished(i index, s *events.Socket) {
 	c := t.slab.at(i)
 	at := s.Time
 	if s.HasTimer {
 		at = min(at, s.Time.Add(s.Timer-limits.TimeWaitLen))
 	}
-	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive {
+	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(stampError) {
 		at = min(at, stamp)
 	}
 	if c.stage != events.Minisock {
@@ -169,16 +172,16 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket) {
 		c.deadline = s.Time.Add(s.Timer)
 		c.mini = c.deadline.Add(-miniLife)
 	}
-	const stampError = 2*jiffy + 5*time.Millisecond
+	const timerError = 2*jiffy + stampError
 	c.closed = c.deadline.Add(-limit.Duration)
 	switch early := c.since.Sub(c.closed); {
 	case c.inexact && early > 0:
 		c.since = c.closed // It was in FIN_WAIT2 when it was closed, at the latest.
 		c.unsplit = true
-	case early > stampError:
+	case early > timerError:
 		// A shorter timer than the settings give: TCP_LINGER2, or they have changed.
 		c.closed, c.oddTimer, c.unsplit = c.since, true, true
-	case early >= -stampError:
+	case early >= -timerError:
 		c.closed = c.since // Closed at its entry, as most are.
 	default:
 		// Held before it was closed, or a longer timer than the settings give.
