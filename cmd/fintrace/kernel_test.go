@@ -677,29 +677,39 @@ func TestKernel(t *testing.T) {
 }
 
 // scenario runs a test beside the others, in a namespace of its own, where the
-// peer acknowledges at once: the test's clock then knows the entry into FIN_WAIT2.
+// peer acknowledges at once.
 func scenario(t *testing.T, name string, fn func(*testing.T, *kerneltest.Namespace)) {
-	scenarioDelayingACKs(t, name, fn,
-		"route replace local 127.0.0.1 dev lo table local proto kernel scope host src 127.0.0.1 quickack 1",
-		"-6 route del local ::1 dev lo table local",
-		"-6 route add local ::1 dev lo table local quickack 1")
+	scenarioDelayingACKs(t, name, fn, quickACK)
 }
 
-// scenarioDelayingACKs runs a test beside the others, in a namespace of its own
-// that is set up by calls of ip(8).
-func scenarioDelayingACKs(t *testing.T, name string, fn func(*testing.T, *kerneltest.Namespace), ip ...string) {
+// scenarioDelayingACKs runs a test beside the others, in a namespace of its own.
+func scenarioDelayingACKs(t *testing.T, name string, fn func(*testing.T, *kerneltest.Namespace),
+	setUp ...func(*testing.T, *kerneltest.Namespace)) {
 	t.Run(name, func(t *testing.T) {
-		// Forks: before any other scenario goes on.
+		// These fork: before any other scenario goes on.
 		ns := kerneltest.NewNamespace(t)
-		for _, args := range ip {
-			cmd := exec.Command("nsenter", append([]string{"--net=" + ns.Path(), "ip"}, strings.Fields(args)...)...)
-			if out, err := cmd.CombinedOutput(); err != nil {
-				t.Fatalf("ip %s: %v: %s", args, err, out)
-			}
+		for _, prepare := range setUp {
+			prepare(t, ns)
 		}
 		t.Parallel()
 		fn(t, ns)
 	})
+}
+
+// quickACK switches delayed ACKs off, so that a FIN is acknowledged at once and
+// the test's clock knows the entry into FIN_WAIT2.
+func quickACK(t *testing.T, ns *kerneltest.Namespace) {
+	t.Helper()
+	for _, args := range []string{
+		"route replace local 127.0.0.1 dev lo table local proto kernel scope host src 127.0.0.1 quickack 1",
+		"-6 route del local ::1 dev lo table local",
+		"-6 route add local ::1 dev lo table local quickack 1",
+	} {
+		cmd := exec.Command("nsenter", append([]string{"--net=" + ns.Path(), "ip"}, strings.Fields(args)...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %v: %s", args, err, out)
+		}
+	}
 }
 
 // nextSnapshot awaits a snapshot that begins after the call.

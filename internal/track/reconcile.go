@@ -123,6 +123,9 @@ func (t *Tracker) seed(s *events.Socket) {
 	if i == 0 {
 		return
 	}
+	if t.pass > 1 {
+		t.counters.Corrected++
+	}
 	c := t.slab.at(i)
 	c.flow = s.Flow
 	c.netns = s.Netns
