@@ -3,6 +3,8 @@
 package track
 
 import (
+	"cmp"
+	"slices"
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
@@ -205,7 +207,8 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 	t.notices = t.notices[:0]
 	full := map[uint32]uint64{}
 	for netns, counters := range cov.Netns {
-		if before, ok := t.overflow[netns]; ok {
+		// A namespace that came after the first snapshot began its count at 0.
+		if before, ok := t.overflow[netns]; ok || t.pass > 1 {
 			full[netns] = counters.TimeWaitOverflow - before
 		}
 	}
@@ -229,6 +232,7 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 			t.end(i, c.alive, events.Reset, false)
 		}
 	}
+	slices.SortFunc(t.notices, func(a, b Notice) int { return cmp.Compare(a.Time, b.Time) })
 	for l, pass := range t.listeners {
 		if _, covered := cov.Netns[l.netns]; covered && pass != t.pass {
 			delete(t.listeners, l)
