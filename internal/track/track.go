@@ -236,6 +236,11 @@ func (t *Tracker) leave(ev *events.Event) {
 	c := t.slab.at(i)
 	end := endOf(ev)
 	life := limits.FinTime(ev.Timers)
+	if known && c.stage == events.Held && ev.Dead && life > limits.TimeWaitLen && ev.Timers.Linger2 >= 0 {
+		// It was an orphan, and the record of the close was lost.
+		t.orphan(c, ev)
+		c.unsplit = true
+	}
 	if known && c.stage == events.Orphaned && c.deadline != 0 && end == 0 && life <= limits.TimeWaitLen {
 		// tcp_keepalive_timer() reads tcp_fin_time() anew, and resets where it
 		// leaves nothing above 60 s for a minisock.
