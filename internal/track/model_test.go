@@ -295,53 +295,57 @@ type run struct {
 }
 
 func TestTrackerAgainstModel(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		r := &run{t: t, tracker: New(limits.Rules{}, 1000), byID: map[uint64]*history{}, now: boot}
-		r.loss = rapid.SampledFrom([]int{0, 0, 10, 50, 90}).Draw(t, "loss")
-		r.shuffle = rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
-		stamps := rapid.Bool().Draw(t, "stamps")
-		for n := range rapid.IntRange(1, 12).Draw(t, "connections") {
-			entry := boot.Add(span(t, "entry", -100*time.Second, 100*time.Second))
-			h := draw(t, uint64(n+1), entry, stamps)
-			r.conns = append(r.conns, h)
-			r.byID[h.cookie] = h
+	for range 30 { // A hundred worlds each, unless -rapid.checks says otherwise.
+		rapid.Check(t, againstModel)
+	}
+}
+
+func againstModel(t *rapid.T) {
+	r := &run{t: t, tracker: New(limits.Rules{}, 1000), byID: map[uint64]*history{}, now: boot}
+	r.loss = rapid.SampledFrom([]int{0, 0, 10, 50, 90}).Draw(t, "loss")
+	r.shuffle = rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
+	stamps := rapid.Bool().Draw(t, "stamps")
+	for n := range rapid.IntRange(1, 12).Draw(t, "connections") {
+		entry := boot.Add(span(t, "entry", -100*time.Second, 100*time.Second))
+		h := draw(t, uint64(n+1), entry, stamps)
+		r.conns = append(r.conns, h)
+		r.byID[h.cookie] = h
+	}
+	// What was there before nobody has told us.
+	for _, h := range r.conns {
+		for h.lastPlace < len(h.sent) && h.sent[h.lastPlace].Time <= boot {
+			h.lastPlace++
+			h.lost++
 		}
-		// What was there before nobody has told us.
-		for _, h := range r.conns {
-			for h.lastPlace < len(h.sent) && h.sent[h.lastPlace].Time <= boot {
-				h.lastPlace++
-				h.lost++
-			}
+	}
+	r.snapshot()
+	for range rapid.IntRange(1, 30).Draw(t, "steps") {
+		r.advanceTo(r.now.Add(span(t, "step", 0, 20*time.Second)))
+		switch rapid.IntRange(0, 3).Draw(t, "do") {
+		case 0, 1:
+			r.snapshot()
+		case 2:
+			r.check(r.tracker.Advance(r.now))
+			r.alerted()
 		}
-		r.snapshot()
-		for range rapid.IntRange(1, 30).Draw(t, "steps") {
-			r.advanceTo(r.now.Add(span(t, "step", 0, 20*time.Second)))
-			switch rapid.IntRange(0, 3).Draw(t, "do") {
-			case 0, 1:
-				r.snapshot()
-			case 2:
-				r.check(r.tracker.Advance(r.now))
-				r.alerted()
-			}
-			r.invariants()
-		}
-		// All of them are gone in the end, and a look shows it.
-		r.advanceTo(boot.Add(20 * time.Minute))
-		r.check(r.tracker.Advance(r.now))
-		r.snapshot()
 		r.invariants()
-		if n := r.tracker.Len(); n != 0 {
-			t.Fatalf("%d connections in the table of an empty world", n)
+	}
+	// All of them are gone in the end, and a look shows it.
+	r.advanceTo(boot.Add(20 * time.Minute))
+	r.check(r.tracker.Advance(r.now))
+	r.snapshot()
+	r.invariants()
+	if n := r.tracker.Len(); n != 0 {
+		t.Fatalf("%d connections in the table of an empty world", n)
+	}
+	if at, ok := r.tracker.Next(); ok {
+		t.Fatalf("an empty table waits for %v", at)
+	}
+	for stage := range events.Minisock + 1 {
+		if n := r.tracker.Count(stage); n != 0 {
+			t.Fatalf("%d connections of an empty table are %v", n, stage)
 		}
-		if at, ok := r.tracker.Next(); ok {
-			t.Fatalf("an empty table waits for %v", at)
-		}
-		for stage := range events.Minisock + 1 {
-			if n := r.tracker.Count(stage); n != 0 {
-				t.Fatalf("%d connections of an empty table are %v", n, stage)
-			}
-		}
-	})
+	}
 }
 
 // advanceTo lets the time pass: the records of it come in order, but for those
