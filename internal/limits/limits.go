@@ -43,6 +43,7 @@ const (
 	fromLinger2Above60
 	fromRTO
 	fromRTOAbove60
+	fromNegativeLinger2
 	fromOption
 	fromTimer
 )
@@ -64,6 +65,8 @@ func (l Limit) Source() string {
 		return rto + " " + human(l.value)
 	case fromRTOAbove60:
 		return doubled(rto)
+	case fromNegativeLinger2:
+		return linger2 + " < 0: reset at close"
 	case fromOption:
 		return "--limit " + human(l.value)
 	case fromTimer:
@@ -92,7 +95,8 @@ func FromTimer(d time.Duration) Limit {
 // closed is the kernel's own deadline for a closed connection whose peer stays
 // silent, from the close on.
 //
-// tcp_rcv_state_process(), net/ipv4/tcp_input.c, and tcp_close() alike:
+// tcp_rcv_state_process(), net/ipv4/tcp_input.c, and tcp_close() alike, where
+// they do not reset at once because of a negative TCP_LINGER2:
 //
 //	tmo = tcp_fin_time(sk);
 //	if (tmo > TCP_TIMEWAIT_LEN)
@@ -101,6 +105,9 @@ func FromTimer(d time.Duration) Limit {
 // and when that fires tcp_keepalive_timer() calls
 // tcp_time_wait(sk, TCP_FIN_WAIT2, tmo - TCP_TIMEWAIT_LEN).
 func closed(t events.Timers) Limit {
+	if t.Linger2 < 0 {
+		return Limit{source: fromNegativeLinger2}
+	}
 	finTime, src := FinTime(t), fromFinTimeout
 	switch {
 	case finTime > configured(t):

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -82,8 +83,12 @@ func mountedNamespaces() (map[uint32]string, error) {
 		return nil, fmt.Errorf("list mounts: %w", err)
 	}
 	defer f.Close()
+	return parseMounts(f)
+}
+
+func parseMounts(r io.Reader) (map[uint32]string, error) {
 	found := map[uint32]string{}
-	lines := bufio.NewScanner(f)
+	lines := bufio.NewScanner(r)
 	for lines.Scan() {
 		// proc_pid_mountinfo(5): the fourth field is the root, the fifth the mount point.
 		fields := strings.Fields(lines.Text())

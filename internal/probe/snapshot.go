@@ -66,7 +66,7 @@ func (p *Probe) walk(path string, buf *rowBuffer, fn func([]events.Socket)) (eve
 	)
 	// The iterator keeps to the namespace it was opened in.
 	err := inNamespace(path, func() (err error) {
-		counters.TimeWaitOverflow, err = timeWaitOverflow()
+		counters.TimeWaitOverflow, err = readProc("/proc/thread-self/net/netstat", timeWaitOverflow)
 		if err != nil {
 			return err
 		}
@@ -112,20 +112,38 @@ func (p *Probe) walk(path string, buf *rowBuffer, fn func([]events.Socket)) (eve
 // usesTCP says whether the calling thread's network namespace has a TCP socket,
 // orphans included, or a minisock.
 func usesTCP() (bool, error) {
-	v4, err := protocolCounts("/proc/thread-self/net/sockstat", "TCP:")
+	v4, err := readProc("/proc/thread-self/net/sockstat", func(r io.Reader) (map[string]uint64, error) {
+		return protocolCounts(r, "TCP:")
+	})
 	if err != nil {
 		return false, err
 	}
-	v6, err := protocolCounts("/proc/thread-self/net/sockstat6", "TCP6:")
+	v6, err := readProc("/proc/thread-self/net/sockstat6", func(r io.Reader) (map[string]uint64, error) {
+		return protocolCounts(r, "TCP6:")
+	})
 	if err != nil && !errors.Is(err, os.ErrNotExist) { // a kernel without IPv6
 		return false, err
 	}
 	return v4["inuse"]+v4["tw"]+v6["inuse"] > 0, nil
 }
 
+// readProc parses a file of the calling thread's network namespace.
+func readProc[T any](path string, parse func(io.Reader) (T, error)) (result T, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return result, err
+	}
+	defer f.Close()
+	result, err = parse(f)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", path, err)
+	}
+	return result, err
+}
+
 // protocolCounts reads the "name value" pairs of the line that starts with prefix.
-func protocolCounts(path, prefix string) (map[string]uint64, error) {
-	text, err := os.ReadFile(path)
+func protocolCounts(r io.Reader, prefix string) (map[string]uint64, error) {
+	text, err := io.ReadAll(r)
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +156,7 @@ func protocolCounts(path, prefix string) (map[string]uint64, error) {
 		for i := 1; i+1 < len(fields); i += 2 {
 			n, err := strconv.ParseUint(fields[i+1], 10, 64)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %s %s: %w", path, prefix, fields[i], err)
+				return nil, fmt.Errorf("%s %s: %w", prefix, fields[i], err)
 			}
 			counts[fields[i]] = n
 		}
@@ -146,16 +164,11 @@ func protocolCounts(path, prefix string) (map[string]uint64, error) {
 	return counts, nil
 }
 
-// timeWaitOverflow reads TcpExt TCPTimeWaitOverflow of the calling thread's
-// network namespace: a line of names, then a line of values.
-func timeWaitOverflow() (uint64, error) {
-	const path, prefix, name = "/proc/thread-self/net/netstat", "TcpExt:", "TCPTimeWaitOverflow"
-	f, err := os.Open(path)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
+// timeWaitOverflow reads TcpExt TCPTimeWaitOverflow of net/netstat: a line of
+// names, then a line of values.
+func timeWaitOverflow(r io.Reader) (uint64, error) {
+	const prefix, name = "TcpExt:", "TCPTimeWaitOverflow"
+	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
 	column := -1
 	for lines.Scan() {
@@ -171,5 +184,5 @@ func timeWaitOverflow() (uint64, error) {
 	if err := lines.Err(); err != nil {
 		return 0, err
 	}
-	return 0, fmt.Errorf("%s has no %s %s", path, prefix, name)
+	return 0, fmt.Errorf("no %s %s", prefix, name)
 }

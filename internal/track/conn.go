@@ -21,7 +21,7 @@ type conn struct {
 	closed   events.Time // when the last process gave it up; 0 while held
 	mini     events.Time // when it became a minisock; 0 before
 	alive    events.Time // the last event or snapshot that showed it
-	deadline events.Time // when the kernel's timer ends a closed one; 0 unknown
+	deadline events.Time // when the kernel's timer ends a closed one; 0 while none runs
 
 	// Of its settings, in the units that fit: up to 49 days in milliseconds.
 	finTimeout, rto uint32 // ms

@@ -4,6 +4,7 @@ package track
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 
@@ -57,18 +58,27 @@ func (t *Tracker) finished(i index, s *events.Socket) {
 	if s.HasTimer {
 		at = min(at, s.Time.Add(s.Timer-limits.TimeWaitLen))
 	}
+	// A stamp that was not renewed is no later than what we know already, but
+	// for being cut to milliseconds.
 	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(stampError) {
 		at = min(at, stamp)
 	}
 	if c.stage != events.Minisock {
-		// The record of the handover was lost.
 		t.counters.Corrected++
-		c.unsplit = c.closed == 0
-		t.setStage(c, events.Minisock)
-		c.mini = c.closed
+		if c.closing() {
+			// The record of the handover was lost.
+			c.closed, c.mini = c.alive, c.alive
+			t.setStage(c, events.Minisock)
+		} else {
+			// That of the peer's FIN was, which may have come in any stage.
+			c.unsplit = true
+		}
 	}
 	t.end(i, max(at, c.alive), events.PeerFIN, true)
 }
+
+// closing says that close() has been seen, but not yet what comes of it.
+func (c *conn) closing() bool { return c.stage == events.Held && c.closedBy == events.ByClose }
 
 // refresh brings a connection up to date with what a snapshot shows of it.
 func (t *Tracker) refresh(i index, s *events.Socket) {
@@ -77,15 +87,19 @@ func (t *Tracker) refresh(i index, s *events.Socket) {
 	if s.Time <= c.alive {
 		return // Read before the last event.
 	}
+	seen := c.alive
 	c.alive = s.Time
 	switch {
 	case s.Stage == c.stage:
 		t.refreshLimit(i, s)
 	case s.Stage > c.stage:
-		// The record of its closing was lost.
+		// The record of its closing was lost, or of the handover.
 		t.counters.Corrected++
+		if c.closing() {
+			c.closed = seen
+		}
 		t.setStage(c, s.Stage)
-		t.dateClosed(c, s)
+		t.dateClosed(c, s, seen)
 		t.moved(i, s.Time)
 	}
 }
@@ -113,7 +127,9 @@ func (t *Tracker) confirm(i index, now events.Time) {
 	if !c.overdue && c.stage == events.Minisock && c.overdueFrom(c.limit(&t.rules)) <= now {
 		t.passLimit(c, now)
 	}
-	t.relimit(i, now)
+	if t.relimit(i, now) {
+		t.notify(Recovered, c, now)
+	}
 }
 
 // seed opens a connection that was there before us, or whose record was lost.
@@ -149,51 +165,63 @@ func (t *Tracker) seed(s *events.Socket) {
 		c.since, c.inexact = s.Time.Add(-s.LastAck), true
 	}
 	if c.stage != events.Held {
-		c.closedBy = events.ByClose
-		t.dateClosed(c, s)
+		t.dateClosed(c, s, 0)
 	}
 	t.arm(i)
 	t.notify(Opened, c, s.Time)
 }
 
 // dateClosed finds out when a closed connection was closed, and became a
-// minisock, from the timer that ends it.
-func (t *Tracker) dateClosed(c *conn, s *events.Socket) {
-	c.setTimers(s.Timers)
-	limit := t.rules.For(c.stage, s.Timers)
-	finTime := limits.FinTime(s.Timers)
-	miniLife := finTime
-	if finTime > limits.TimeWaitLen {
+// minisock, from the timer that ends it. seen is when it was last known not to
+// be, or 0.
+func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
+	timers := s.Timers
+	if c.stage == events.Minisock {
+		before := c.timers()
+		timers.Linger2, timers.RTO = before.Linger2, before.RTO
+	}
+	c.setTimers(timers)
+	c.closedBy = events.ByClose
+	if !s.HasTimer { // An orphan that is just being made.
+		c.closed = s.Time
+		return
+	}
+	limit := t.rules.For(c.stage, timers).Duration
+	miniLife := limits.FinTime(timers)
+	above60 := miniLife > limits.TimeWaitLen
+	if above60 {
 		miniLife -= limits.TimeWaitLen
 	}
-	switch {
-	case !s.HasTimer: // An orphan that is just being made.
-		c.closed = s.Time
-		c.deadline = s.Time.Add(limit.Duration)
-		return
-	case c.stage == events.Orphaned:
-		c.deadline = s.Time.Add(s.Timer + miniLife)
-	default:
-		c.deadline = s.Time.Add(s.Timer)
-		c.mini = c.deadline.Add(-miniLife)
+	c.deadline = s.Time.Add(s.Timer)
+	if c.stage == events.Orphaned && above60 {
+		c.deadline = c.deadline.Add(miniLife)
 	}
-	const timerError = 2*jiffy + stampError
-	c.closed = c.deadline.Add(-limit.Duration)
-	switch early := c.since.Sub(c.closed); {
-	case c.inexact && early > 0:
-		c.since = c.closed // It was in FIN_WAIT2 when it was closed, at the latest.
-		c.unsplit = true
-	case early > timerError:
-		// A shorter timer than the settings give: TCP_LINGER2, or they have changed.
-		c.closed, c.oddTimer, c.unsplit = c.since, true, true
-	case early >= -timerError:
-		c.closed = c.since // Closed at its entry, as most are.
-	default:
-		// Held before it was closed, or a longer timer than the settings give.
-		c.unsplit = true
+	if c.closed == 0 {
+		found := seen == 0
+		if found {
+			seen = c.since
+		}
+		c.closed = c.deadline.Add(-limit)
+		const timerError = 2*jiffy + stampError
+		switch early := seen.Sub(c.closed); {
+		case early.Abs() <= timerError:
+			c.closed = seen // Closed at its entry, as most are.
+		case early < 0:
+			// Held before it was closed, or a longer timer than the settings give.
+			c.unsplit = true
+		case found && c.inexact && (above60 || c.stage == events.Minisock):
+			c.since = c.closed // It was in FIN_WAIT2 when it was closed, at the latest.
+			c.unsplit = true
+		default:
+			// A shorter timer than the settings give: TCP_LINGER2, or they have changed.
+			c.closed, c.oddTimer, c.unsplit = seen, true, true
+		}
 	}
 	if c.stage == events.Minisock {
-		c.mini = max(c.mini, c.closed)
+		c.mini = c.closed
+		if above60 {
+			c.mini = min(max(c.deadline.Add(-miniLife), seen, c.closed), s.Time)
+		}
 	}
 }
 
@@ -207,22 +235,35 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 	t.notices = t.notices[:0]
 	full := map[uint32]uint64{}
 	for netns, counters := range cov.Netns {
-		// A namespace that came after the first snapshot began its count at 0.
+		// A namespace that came after the first snapshot began its count at 0;
+		// so did one that has been given the number of another.
 		if before, ok := t.overflow[netns]; ok || t.pass > 1 {
-			full[netns] = counters.TimeWaitOverflow - before
+			full[netns] = counters.TimeWaitOverflow
+			if counters.TimeWaitOverflow >= before {
+				full[netns] -= before
+			}
 		}
 	}
 	for _, i := range t.table {
 		c := t.slab.at(i)
-		if _, covered := cov.Netns[c.netns]; !covered || c.pass == t.pass || c.alive >= t.began {
+		if c.pass == t.pass || c.alive >= t.began {
 			continue
 		}
+		_, covered := cov.Netns[c.netns]
 		switch {
+		case !covered:
+			// Its namespace is gone, or closed to us. Full sockets end with a
+			// record; of a minisock nothing would ever show the end.
+			if c.stage == events.Minisock && c.overdueFrom(c.limit(&t.rules)) <= cov.End {
+				t.end(i, c.alive, events.Unseen, false)
+			}
 		case c.stage != events.Minisock:
 			t.counters.Corrected++
 			t.end(i, c.alive, events.Unseen, false)
 		case c.deadline <= cov.End.Add(jiffy):
-			t.end(i, max(c.deadline, c.alive), events.KernelTimeout, true)
+			// Where it was seen past its deadline, the timer is late: by how much
+			// is not known.
+			t.end(i, max(c.deadline, c.alive), events.KernelTimeout, c.alive <= c.deadline)
 		case c.alive == c.mini && full[c.netns] > 0: // no snapshot ever showed the minisock
 			full[c.netns]--
 			t.end(i, c.mini, events.TableFull, true)
@@ -233,11 +274,9 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 		}
 	}
 	slices.SortFunc(t.notices, func(a, b Notice) int { return cmp.Compare(a.Time, b.Time) })
-	for l, pass := range t.listeners {
-		if _, covered := cov.Netns[l.netns]; covered && pass != t.pass {
-			delete(t.listeners, l)
-		}
-	}
+	// Those of a namespace that was not looked at too: its number may be given
+	// to another.
+	maps.DeleteFunc(t.listeners, func(_ listener, pass uint32) bool { return pass != t.pass })
 	clear(t.overflow)
 	for netns, counters := range cov.Netns {
 		t.overflow[netns] = counters.TimeWaitOverflow

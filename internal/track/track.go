@@ -51,7 +51,7 @@ type Notice struct {
 type Counters struct {
 	Entered   uint64 // into FIN_WAIT2, the ones found in it included
 	Left      uint64
-	Shed      uint64 // entered while the table was full, not tracked
+	Shed      uint64 // records and rows turned away, the table being full: at least one for each connection not tracked
 	Corrected uint64 // put right by a snapshot: the record of it was lost
 }
 
@@ -175,8 +175,13 @@ func (t *Tracker) enter(ev *events.Event) {
 	if i, ok := t.table[ev.Cookie]; ok {
 		// A snapshot was quicker.
 		c := t.slab.at(i)
-		c.since, c.inexact, c.unsplit = ev.Time, false, false
-		t.relimit(i, ev.Time)
+		c.since, c.inexact = ev.Time, false
+		if c.stage == events.Held && ev.Process.Known() {
+			c.process, c.closedBy = ev.Process, events.ByShutdown
+		}
+		if t.relimit(i, ev.Time) {
+			t.notify(Recovered, c, ev.Time)
+		}
 		return
 	}
 	i := t.open(ev)
@@ -231,7 +236,12 @@ func (t *Tracker) leave(ev *events.Event) {
 	c := t.slab.at(i)
 	end := endOf(ev)
 	life := limits.FinTime(ev.Timers)
-	if known && c.stage == events.Orphaned && end == 0 && life <= limits.TimeWaitLen {
+	if known && c.stage == events.Held && ev.Dead && life > limits.TimeWaitLen && ev.Timers.Linger2 >= 0 {
+		// It was an orphan, and the record of the close was lost.
+		t.orphan(c, ev)
+		c.unsplit = true
+	}
+	if known && c.stage == events.Orphaned && c.deadline != 0 && end == 0 && life <= limits.TimeWaitLen {
 		// tcp_keepalive_timer() reads tcp_fin_time() anew, and resets where it
 		// leaves nothing above 60 s for a minisock.
 		end = events.KernelTimeout
@@ -300,7 +310,10 @@ func (t *Tracker) discover(ev *events.Event) index {
 	t.setStage(c, events.Held)
 	if ev.New == events.Close && ev.Dead {
 		t.orphan(c, ev)
-		c.inexact = limits.FinTime(ev.Timers) > limits.TimeWaitLen
+		// Who closed is noted by the kernel side until it sends the entry:
+		// where nobody is, that may have been sent, and lost.
+		c.inexact = limits.FinTime(ev.Timers) > limits.TimeWaitLen || !ev.Process.Known()
+		c.unsplit = c.inexact
 	}
 	return i
 }
@@ -390,19 +403,26 @@ func (t *Tracker) passLimit(c *conn, now events.Time) {
 	t.notify(Overdue, c, now)
 }
 
-// moved is after a change of stage, or of limit: c may no longer be overdue.
+// moved is after a change of stage.
 func (t *Tracker) moved(i index, now events.Time) {
-	t.relimit(i, now)
-	t.notify(Moved, t.slab.at(i), now)
+	recovered := t.relimit(i, now)
+	c := t.slab.at(i)
+	t.notify(Moved, c, now)
+	if recovered {
+		t.notify(Recovered, c, now)
+	}
 }
 
-func (t *Tracker) relimit(i index, now events.Time) {
+// relimit is after a change of limit. It says whether c was overdue and is so
+// no longer.
+func (t *Tracker) relimit(i index, now events.Time) (recovered bool) {
 	c := t.slab.at(i)
 	if c.overdue && c.overdueFrom(c.limit(&t.rules)) > now {
 		c.overdue = false
-		t.notify(Recovered, c, now)
+		recovered = true
 	}
 	t.arm(i)
+	return recovered
 }
 
 // end takes a connection out of the table.
