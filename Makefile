@@ -26,5 +26,9 @@ list: build ## build and run `fintrace list`
 generate: ## rebuild the BPF objects and their bindings (needs clang-19)
 	go generate ./...
 
+bench: build ## speed beside today's tools, as ratios, into BENCHMARKS.md (some minutes)
+	go build -trimpath -o dist/bench ./internal/bench
+	$(SUDO) dist/bench -fintrace ./fintrace -o BENCHMARKS.md
+
 clean: ## remove what was built
-	rm -f fintrace
+	rm -rf fintrace dist

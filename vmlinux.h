@@ -33,6 +33,10 @@ enum {
 	true = 1,
 };
 
+enum {
+	BPF_F_MMAPABLE = 1024,
+};
+
 /* include/net/tcp_states.h */
 enum {
 	TCP_ESTABLISHED = 1,
@@ -139,8 +143,13 @@ struct socket_alloc {
 	struct inode vfs_inode;
 };
 
+typedef struct {
+	int owned;
+} socket_lock_t;
+
 struct sock {
 	struct sock_common __sk_common;
+	socket_lock_t sk_lock;
 	int sk_err;
 	struct socket *sk_socket;
 	struct timer_list sk_timer;

@@ -16,7 +16,7 @@ enum {
 	IPPROTO_TCP = 6,
 	TCP_TIMEWAIT_SECONDS = 60, /* TCP_TIMEWAIT_LEN, include/net/tcp.h */
 	COMM_LEN = 16,
-	CLOSERS = 1 << 16,
+	CLOSERS = 1 << 15,
 };
 
 struct config {
@@ -89,7 +89,7 @@ struct closer {
 	__u64 cgroup;
 	__u64 comm[COMM_LEN / 8];
 	__u32 pid;
-	__u32 padding;
+	__u32 padding[5]; /* to a cache line */
 };
 
 struct counters {
@@ -106,6 +106,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, CLOSERS);
+	__uint(map_flags, BPF_F_MMAPABLE); /* for its alignment: a slot is one cache line */
 	__type(key, __u32);
 	__type(value, struct closer);
 } closers SEC(".maps");
@@ -284,9 +285,11 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 		/*
 		 * Closed, and with no more to wait for than a minisock can:
 		 * the handover, or the peer's FIN in this very segment, follows
-		 * within microseconds and one record says it all.
+		 * within microseconds and one record says it all. Except that a
+		 * socket which a process owns meanwhile, in the last steps of
+		 * close(), may stay an orphan for all of its time.
 		 */
-		if (!config.all_states && is_dead(sk) &&
+		if (!config.all_states && is_dead(sk) && !sk->sk_lock.owned &&
 		    fin_time(tp, sk->__sk_common.skc_net.net) <=
 			    (__s32)config.hz * TCP_TIMEWAIT_SECONDS) {
 			/* Now, for the minisock to take it over. */

@@ -85,7 +85,7 @@ func listConnections(e env, rules limits.Rules, filter *track.Filter) (conns []t
 		return nil, 0, err
 	}
 	now := probe.Now()
-	w.tracker.Advance(now)
+	w.advance(now)
 	w.tracker.All(now, func(c track.Conn) {
 		if filter.Match(&c) {
 			conns = append(conns, c)

@@ -20,7 +20,7 @@ const (
 	reconcileEvery = 30 * time.Second
 	// checkEvery is how often the kernel side is asked whether records were lost.
 	checkEvery = time.Second
-	// lookupsPerPass bounds the sockets asked for one by one after a snapshot.
+	// lookupsPerPass bounds the sockets that are asked for one by one.
 	lookupsPerPass = 10_000
 )
 
@@ -100,8 +100,23 @@ func (w *watch) run(ctx context.Context) error {
 				return err
 			}
 		}
-		w.each(w.tracker.Advance(now))
+		w.advance(now)
 	}
+}
+
+// advance makes the time now.
+func (w *watch) advance(now events.Time) {
+	var lookup probe.Lookup
+	defer lookup.Close()
+	lookups := 0
+	w.each(w.tracker.Advance(now, func(netns uint32, f events.Flow, cookie uint64) bool {
+		if lookups++; lookups > lookupsPerPass {
+			return true
+		}
+		state, found, err := lookup.Find(netns, f)
+		// Where it may not be looked at, the events' word must do.
+		return err != nil || state == events.FinWait2 && found == cookie
+	}))
 }
 
 // finish reads what is left and looks at the sockets once more.
@@ -170,7 +185,7 @@ func (w *watch) reconcile(owners map[uint64]events.Process) error {
 	}
 	losses := w.counters.Lost + w.counters.Missed
 	began := probe.Now()
-	since := began.Sub(w.began) + 5*time.Second
+	since := began.Sub(w.began) + time.Second
 	unowned := map[uint64]uint64{} // cookies by inode
 	var drained error
 	w.tracker.BeginSnapshot(began)
@@ -203,8 +218,8 @@ func (w *watch) reconcile(owners map[uint64]events.Process) error {
 		if lookups++; lookups > lookupsPerPass {
 			return true // Not known to be free.
 		}
-		has, err := lookup.Has(netns, f)
-		return has || err != nil
+		state, _, err := lookup.Find(netns, f)
+		return state != 0 || err != nil
 	}))
 	w.began, w.ended, w.losses, w.namespaces = began, probe.Now(), losses, len(cov.Netns)
 	return nil

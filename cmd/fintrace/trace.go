@@ -119,7 +119,7 @@ func (t *tracing) run(ctx context.Context) (err error) {
 	if err := t.watch.start(); err != nil {
 		return err
 	}
-	t.watch.each(t.watch.tracker.Advance(probe.Now()))
+	t.watch.advance(probe.Now())
 	t.watch.notify = t.notice
 	t.greet()
 	if err := t.watch.run(ctx); err != nil {

@@ -20,7 +20,7 @@ type bpfCloser struct {
 	Cgroup  uint64
 	Comm    [2]uint64
 	Pid     uint32
-	Padding uint32
+	Padding [5]uint32
 }
 
 type bpfConfig struct {

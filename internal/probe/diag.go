@@ -5,6 +5,7 @@ package probe
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 
 	"github.com/mdlayher/netlink"
@@ -31,16 +32,18 @@ func (l *Lookup) Close() error {
 // include/uapi/linux/inet_diag.h: struct inet_diag_req_v2 and the inet_diag_msg
 // that answers it, of which the second byte is the state.
 const (
-	diagRequestSize = 56
-	noCookie        = 0xffffffff // INET_DIAG_NOCOOKIE
+	diagRequestSize  = 56
+	diagAnswerCookie = 44
+	noCookie         = 0xffffffffffffffff // INET_DIAG_NOCOOKIE, twice
 )
 
-// Has says whether the namespace has a connection, in any state, between the
-// two ends of a flow.
-func (l *Lookup) Has(netns uint32, f events.Flow) (bool, error) {
+// Find asks for the connection, in any state, between the two ends of a flow,
+// and returns its state and cookie; 0 and 0 if there is none. A minisock's
+// state is that of its substate.
+func (l *Lookup) Find(netns uint32, f events.Flow) (events.State, uint64, error) {
 	conn, err := l.dial(netns)
 	if err != nil {
-		return false, err
+		return 0, 0, err
 	}
 	family, local, remote := byte(unix.AF_INET6), f.Local.IP().AsSlice(), f.Remote.IP().AsSlice()
 	if len(local) == 4 {
@@ -53,25 +56,29 @@ func (l *Lookup) Has(netns uint32, f events.Flow) (bool, error) {
 	binary.BigEndian.PutUint16(req[10:], f.Remote.Port)
 	copy(req[12:28], local)
 	copy(req[28:44], remote)
-	binary.NativeEndian.PutUint32(req[48:], noCookie)
-	binary.NativeEndian.PutUint32(req[52:], noCookie)
+	binary.NativeEndian.PutUint64(req[48:], noCookie)
 	answers, err := conn.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: netlink.Request},
 		Data:   req,
 	})
 	if errors.Is(err, unix.ENOENT) {
-		return false, nil
+		return 0, 0, nil
 	}
 	if err != nil {
-		return false, err
+		return 0, 0, err
 	}
-	// The kernel falls back to the listener that would take a SYN of this flow.
 	for _, a := range answers {
-		if len(a.Data) > 1 && events.State(a.Data[1]) != events.Listen {
-			return true, nil
+		if len(a.Data) < diagAnswerCookie+8 {
+			return 0, 0, fmt.Errorf("an answer of %d bytes from sock_diag", len(a.Data))
+		}
+		// The kernel falls back to the listener that would take a SYN of this flow.
+		if state := events.State(a.Data[1]); state != events.Listen {
+			low := binary.NativeEndian.Uint32(a.Data[diagAnswerCookie:])
+			high := binary.NativeEndian.Uint32(a.Data[diagAnswerCookie+4:])
+			return state, uint64(high)<<32 | uint64(low), nil
 		}
 	}
-	return false, nil
+	return 0, 0, nil
 }
 
 func (l *Lookup) dial(netns uint32) (*netlink.Conn, error) {

@@ -110,16 +110,11 @@ func keyOf(c *track.Conn, key string) string {
 	case "peer":
 		return c.Flow.Remote.IP().String()
 	case "port":
-		return portOf(c)
+		return serviceOf(c).String()
 	case "process":
 		return processName(c.Process)
 	}
 	return c.Stage.String()
-}
-
-// portOf is the port that names the service: ours where the peer is the client.
-func portOf(c *track.Conn) string {
-	return fmt.Sprintf("%s %d", c.Side, c.ServicePort())
 }
 
 // Groups prints groups as a table.

@@ -6,6 +6,8 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -18,8 +20,8 @@ import (
 type Summary struct {
 	ends    map[events.End]uint64
 	stages  [3]histogram
-	peers   map[string]*tally
-	ports   map[string]*tally
+	peers   map[netip.Addr]*tally
+	ports   map[service]*tally
 	entered uint64
 	seeded  uint64 // entered before we looked
 	left    uint64
@@ -28,11 +30,20 @@ type Summary struct {
 
 // tally is how one peer or port has fared.
 type tally struct {
-	name    string
 	count   uint64
 	total   time.Duration
 	longest time.Duration
 }
+
+// service is a port and whose it is.
+type service struct {
+	side events.Side
+	port uint16
+}
+
+func (s service) String() string { return fmt.Sprintf("%s %d", s.side, s.port) }
+
+func serviceOf(c *track.Conn) service { return service{c.Side, c.ServicePort()} }
 
 // peersKept bounds the tallies: beyond it, the least are dropped when a new one comes.
 const peersKept = 10_000
@@ -52,7 +63,7 @@ func (h *histogram) add(d time.Duration) {
 
 // NewSummary is an empty one.
 func NewSummary() *Summary {
-	return &Summary{ends: map[events.End]uint64{}, peers: map[string]*tally{}, ports: map[string]*tally{}}
+	return &Summary{ends: map[events.End]uint64{}, peers: map[netip.Addr]*tally{}, ports: map[service]*tally{}}
 }
 
 // Add counts a notice.
@@ -81,20 +92,26 @@ func (s *Summary) AddConn(c *track.Conn) {
 			}
 		}
 	}
-	count(s.peers, c.Flow.Remote.IP().String(), c.Duration)
-	count(s.ports, portOf(c), c.Duration)
+	count(s.peers, c.Flow.Remote.IP(), c.Duration)
+	count(s.ports, serviceOf(c), c.Duration)
 }
 
-func count(tallies map[string]*tally, name string, d time.Duration) {
-	t := tallies[name]
+// named is what a tally can be of.
+type named interface {
+	comparable
+	fmt.Stringer
+}
+
+func count[K named](tallies map[K]*tally, of K, d time.Duration) {
+	t := tallies[of]
 	if t == nil {
 		if len(tallies) >= peersKept {
 			for _, least := range worst(tallies)[peersKept/2:] {
-				delete(tallies, least.name)
+				delete(tallies, least)
 			}
 		}
-		t = &tally{name: name}
-		tallies[name] = t
+		t = &tally{}
+		tallies[of] = t
 	}
 	t.count++
 	t.total += d
@@ -102,15 +119,10 @@ func count(tallies map[string]*tally, name string, d time.Duration) {
 }
 
 // worst sorts by the total time spent in FIN_WAIT2.
-func worst(tallies map[string]*tally) []*tally {
-	sorted := make([]*tally, 0, len(tallies))
-	for _, t := range tallies {
-		sorted = append(sorted, t)
-	}
-	slices.SortFunc(sorted, func(a, b *tally) int {
-		return cmp.Or(cmp.Compare(b.total, a.total), strings.Compare(a.name, b.name))
+func worst[K named](tallies map[K]*tally) []K {
+	return slices.SortedFunc(maps.Keys(tallies), func(a, b K) int {
+		return cmp.Or(cmp.Compare(tallies[b].total, tallies[a].total), strings.Compare(a.String(), b.String()))
 	})
-	return sorted
 }
 
 // Totals are the figures of a summary that others have counted.
@@ -179,15 +191,16 @@ func (s *Summary) printHistogram(b *strings.Builder) {
 	b.WriteString("\n")
 }
 
-func printWorst(b *strings.Builder, what string, tallies map[string]*tally, style Style) {
+func printWorst[K named](b *strings.Builder, what string, tallies map[K]*tally, style Style) {
 	sorted := worst(tallies)
 	if len(sorted) == 0 {
 		return
 	}
 	sorted = sorted[:min(len(sorted), 10)]
 	rows := make([][]string, len(sorted))
-	for i, t := range sorted {
-		rows[i] = []string{t.name, fmt.Sprint(t.count), Duration(t.longest), Duration(t.total)}
+	for i, of := range sorted {
+		t := tallies[of]
+		rows[i] = []string{of.String(), fmt.Sprint(t.count), Duration(t.longest), Duration(t.total)}
 	}
 	columns := []column{{title: "worst " + what}, {title: "connections", right: true},
 		{title: "longest", right: true}, {title: "together", right: true}}

@@ -76,7 +76,7 @@ func TestApplyDoesNotAllocate(t *testing.T) {
 		if n := tracker.Apply(&ev); len(n) != 1 || n[0].Kind != Closed {
 			t.Fatalf("left: %v", n)
 		}
-		tracker.Advance(at)
+		tracker.Advance(at, trusting)
 	}
 	for _, handover := range []bool{false, true} {
 		cycle(handover)
@@ -137,7 +137,7 @@ func BenchmarkAdvanceAll(b *testing.B) {
 		b.StopTimer()
 		tracker := filled(n)
 		b.StartTimer()
-		if got := len(tracker.Advance(boot.Add(time.Hour))); got != n {
+		if got := len(tracker.Advance(boot.Add(time.Hour), trusting)); got != n {
 			b.Fatalf("%d overdue", got)
 		}
 	}

@@ -325,14 +325,14 @@ func againstModel(t *rapid.T) {
 		case 0, 1:
 			r.snapshot()
 		case 2:
-			r.check(r.tracker.Advance(r.now))
+			r.check(r.tracker.Advance(r.now, trusting))
 			r.alerted()
 		}
 		r.invariants()
 	}
 	// All of them are gone in the end, and a look shows it.
 	r.advanceTo(boot.Add(20 * time.Minute))
-	r.check(r.tracker.Advance(r.now))
+	r.check(r.tracker.Advance(r.now, trusting))
 	r.snapshot()
 	r.invariants()
 	if n := r.tracker.Len(); n != 0 {
@@ -365,7 +365,7 @@ func (r *run) advanceTo(until events.Time) {
 	for _, ev := range due {
 		r.now = ev.Time
 		if r.shuffle.IntN(4) == 0 {
-			r.check(r.tracker.Advance(r.now))
+			r.check(r.tracker.Advance(r.now, trusting))
 		}
 		r.check(r.tracker.Apply(ev))
 		if ev.New == events.FinWait2 && r.shuffle.IntN(10) == 0 {

@@ -73,7 +73,7 @@ type Tracker struct {
 	pass      uint32              // counts snapshots
 	began     events.Time         // when the running snapshot began; 0: none runs
 	ended     map[uint64]struct{} // cookies that left while it runs
-	doubtful  bool                // a minisock is past its deadline, and only a snapshot can tell
+	doubtful  bool                // only a snapshot can tell
 	listeners map[listener]uint32 // by the pass that saw them last
 	overflow  map[uint32]uint64   // TCPTimeWaitOverflow as last seen, by namespace
 }
@@ -110,8 +110,9 @@ func (t *Tracker) Next() (at events.Time, ok bool) {
 	return at, at != noDeadline
 }
 
-// WantsSnapshot says that minisocks are past their deadline: no event shows
-// their end, so that only a snapshot tells the ended from the overdue.
+// WantsSnapshot says that a snapshot would end a doubt: a minisock is past its
+// deadline, which no event shows to have ended or not; or a record must have
+// been lost.
 func (t *Tracker) WantsSnapshot() bool { return t.doubtful }
 
 // Get returns a connection as of now.
@@ -137,13 +138,15 @@ func (t *Tracker) All(now events.Time, fn func(Conn)) {
 	}
 }
 
-// Advance makes the time now. The notices are valid until the next call of a
-// method that returns some.
-func (t *Tracker) Advance(now events.Time) []Notice {
+// Advance makes the time now. A full socket is overdue if look, asked for a
+// fresh look at its namespace, flow and cookie, finds it in FIN_WAIT2: a record
+// may be lost without anybody knowing. The notices are valid until the next
+// call of a method that returns some.
+func (t *Tracker) Advance(now events.Time, look func(netns uint32, f events.Flow, cookie uint64) bool) []Notice {
 	t.notices = t.notices[:0]
 	t.wheel.expire(&t.slab, now, func(i index) {
 		c := t.slab.at(i)
-		if c.stage == events.Minisock {
+		if c.stage == events.Minisock || !look(c.netns, c.flow, c.cookie) {
 			t.doubtful = true
 			return
 		}
@@ -169,9 +172,6 @@ func (t *Tracker) Apply(ev *events.Event) []Notice {
 
 // enter is FIN_WAIT1 → FIN_WAIT2: the peer has acknowledged our FIN.
 func (t *Tracker) enter(ev *events.Event) {
-	if ev.Dead && limits.FinTime(ev.Timers) <= limits.TimeWaitLen {
-		return // The handover to a minisock follows at once, and says it all.
-	}
 	if i, ok := t.table[ev.Cookie]; ok {
 		// A snapshot was quicker.
 		c := t.slab.at(i)
@@ -218,11 +218,15 @@ func (t *Tracker) close(ev *events.Event) {
 	c.closedBy = events.ByClose
 	c.setTimers(ev.Timers)
 	if limits.FinTime(ev.Timers) <= limits.TimeWaitLen || ev.Timers.Linger2 < 0 {
-		return // As in enter: what comes of it follows at once.
+		return // What comes of it follows within microseconds.
 	}
 	t.orphan(c, ev)
 	t.moved(i, ev.Time)
 }
+
+// handoverTime is between the time that a handover takes, microseconds, and the
+// shortest time that the keepalive timer of an orphan does, 3.5 × the least RTO.
+const handoverTime = 500 * time.Millisecond
 
 // leave is FIN_WAIT2 → CLOSE, which for the event stream is the end, but for
 // the connection may be the handover to a minisock.
@@ -241,7 +245,8 @@ func (t *Tracker) leave(ev *events.Event) {
 		t.orphan(c, ev)
 		c.unsplit = true
 	}
-	if known && c.stage == events.Orphaned && c.deadline != 0 && end == 0 && life <= limits.TimeWaitLen {
+	if known && c.stage == events.Orphaned && c.deadline != 0 && end == 0 && life <= limits.TimeWaitLen &&
+		ev.Time.Sub(c.closed) > handoverTime {
 		// tcp_keepalive_timer() reads tcp_fin_time() anew, and resets where it
 		// leaves nothing above 60 s for a minisock.
 		end = events.KernelTimeout
@@ -315,6 +320,7 @@ func (t *Tracker) discover(ev *events.Event) index {
 		c.inexact = limits.FinTime(ev.Timers) > limits.TimeWaitLen || !ev.Process.Known()
 		c.unsplit = c.inexact
 	}
+	t.doubtful = t.doubtful || c.inexact
 	return i
 }
 

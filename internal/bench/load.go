@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// How a load closes its connections. The client closes first.
+const (
+	// healthy: the peer closes at once, and its FIN carries the ACK of ours.
+	healthy = "healthy"
+	// waiting: the peer acknowledges at once and closes peerDelay later; the
+	// connection is a minisock in FIN_WAIT2 meanwhile.
+	waiting = "waiting"
+	// mixed: one of each in turn.
+	mixed = "mixed"
+)
+
+const (
+	peerDelay = 5 * time.Millisecond
+	port      = 7777
+)
+
+// A load is connections over loopback, made and closed by one thread per CPU in
+// a network namespace of its own. It ends by count or by time, whichever is first.
+type load struct {
+	Close       string
+	Connections int
+	Duration    time.Duration
+	Rate        int // connections per second; 0: as many as go
+}
+
+type loaded struct {
+	Connections int
+	Took        time.Duration
+}
+
+func (l loaded) perSecond() float64 { return float64(l.Connections) / l.Took.Seconds() }
+
+// runLoad is the part of the program that makes the load.
+func runLoad(l load) (loaded, error) {
+	if err := prepareNamespace(); err != nil {
+		return loaded{}, err
+	}
+	workers := runtime.NumCPU()
+	type result struct {
+		connections int
+		err         error
+	}
+	results := make(chan result)
+	start := time.Now()
+	for n := range workers {
+		w := worker{
+			load:        l,
+			number:      n,
+			connections: (l.Connections + n) / workers,
+			start:       start,
+		}
+		if l.Rate > 0 {
+			w.interval = time.Duration(workers) * time.Second / time.Duration(l.Rate)
+		}
+		go func() {
+			made, err := w.run()
+			results <- result{made, err}
+		}()
+	}
+	var (
+		sum loaded
+		err error
+	)
+	for range workers {
+		r := <-results
+		sum.Connections += r.connections
+		err = errors.Join(err, r.err)
+	}
+	sum.Took = time.Since(start)
+	return sum, err
+}
+
+// prepareNamespace makes room in the namespace of this process, which is its own.
+func prepareNamespace() error {
+	for file, value := range map[string]string{
+		"/proc/sys/net/ipv4/ip_local_port_range": "10000 65535", // above our own ports
+		// TIME_WAIT lasts for 60 s; nothing is to be cut short meanwhile.
+		"/proc/sys/net/ipv4/tcp_max_tw_buckets": "4000000",
+		"/proc/sys/net/core/somaxconn":          "4096",
+	} {
+		if err := os.WriteFile(file, []byte(value), 0); err != nil {
+			return fmt.Errorf("prepare the network namespace: %w", err)
+		}
+	}
+	return bringUpLoopback()
+}
+
+func bringUpLoopback() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("bring up lo: %w", err)
+	}
+	defer unix.Close(fd)
+	lo, err := unix.NewIfreq("lo")
+	if err != nil {
+		return fmt.Errorf("bring up lo: %w", err)
+	}
+	lo.SetUint16(unix.IFF_UP)
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, lo); err != nil {
+		return fmt.Errorf("bring up lo: %w", err)
+	}
+	return nil
+}
+
+// A connector makes connections, both ends of them. Each goes to another
+// address of 127/8, so that port pairs do not run out.
+type connector struct {
+	listener int
+	to       unix.SockaddrInet4
+	made     int
+}
+
+func newConnector(number int) (*connector, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	if err := errors.Join(
+		unix.Bind(fd, &unix.SockaddrInet4{Port: port + number}),
+		unix.Listen(fd, 4096),
+	); err != nil {
+		return nil, errors.Join(fmt.Errorf("listen: %w", err), unix.Close(fd))
+	}
+	return &connector{
+		listener: fd,
+		to:       unix.SockaddrInet4{Port: port + number, Addr: [4]byte{127, byte(1 + number)}},
+	}, nil
+}
+
+// connect returns both ends. Loopback delivers within the call, so accept finds
+// the connection that connect has just made.
+func (c *connector) connect() (client, server int, err error) {
+	client, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, 0, fmt.Errorf("socket: %w", err)
+	}
+	c.made++
+	c.to.Addr[2], c.to.Addr[3] = byte(c.made>>8), byte(c.made)
+	for err = unix.EINTR; err == unix.EINTR; {
+		err = unix.Connect(client, &c.to)
+	}
+	if err != nil {
+		return 0, 0, errors.Join(fmt.Errorf("connect: %w", err), unix.Close(client))
+	}
+	for {
+		// unix.Accept4 makes garbage of each peer's address.
+		fd, _, errno := unix.Syscall6(unix.SYS_ACCEPT4, uintptr(c.listener), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
+		if errno == unix.EINTR {
+			continue
+		}
+		if errno != 0 {
+			return 0, 0, errors.Join(fmt.Errorf("accept: %w", errno), unix.Close(client))
+		}
+		return client, int(fd), nil
+	}
+}
+
+func (c *connector) close() error { return unix.Close(c.listener) }
+
+// acknowledge sends the ACK of the peer's FIN now, which is else delayed.
+func acknowledge(fd int) error {
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1); err != nil {
+		return fmt.Errorf("TCP_QUICKACK: %w", err)
+	}
+	return nil
+}
+
+type worker struct {
+	load        load
+	number      int
+	connections int
+	start       time.Time
+	interval    time.Duration // between connections; 0: none
+
+	silent []silentPeer // the oldest first
+}
+
+// A silentPeer has had our FIN and has yet to send its own.
+type silentPeer struct {
+	fd    int
+	until time.Duration
+}
+
+func (w *worker) run() (made int, err error) {
+	runtime.LockOSThread()
+	c, err := newConnector(w.number)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, w.closePeers(w.load.Duration+peerDelay), c.close()) }()
+	for made < w.connections {
+		now := time.Since(w.start)
+		if now >= w.load.Duration {
+			break
+		}
+		if err := w.closePeers(now); err != nil {
+			return made, err
+		}
+		if due := time.Duration(made) * w.interval; due > now {
+			// Not each by itself: a millisecond's worth at a time.
+			time.Sleep(max(due-now, time.Millisecond))
+			continue
+		}
+		client, server, err := c.connect()
+		if err != nil {
+			return made, err
+		}
+		made++
+		if err := unix.Close(client); err != nil {
+			return made, err
+		}
+		if w.load.Close == healthy || w.load.Close == mixed && made%2 == 0 {
+			if err := unix.Close(server); err != nil {
+				return made, err
+			}
+			continue
+		}
+		if err := acknowledge(server); err != nil {
+			return made, err
+		}
+		w.silent = append(w.silent, silentPeer{server, now + peerDelay})
+	}
+	return made, nil
+}
+
+// closePeers closes the peers that have been silent for long enough.
+func (w *worker) closePeers(now time.Duration) error {
+	n := 0
+	var errs []error
+	for n < len(w.silent) && w.silent[n].until <= now {
+		errs = append(errs, unix.Close(w.silent[n].fd))
+		n++
+	}
+	w.silent = append(w.silent[:0], w.silent[n:]...)
+	return errors.Join(errs...)
+}
+
+// cpuName is the processor's name and how many of it there are.
+func cpuName() string {
+	text, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "unknown CPU"
+	}
+	for line := range strings.Lines(string(text)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			return fmt.Sprintf("%d × %s", runtime.NumCPU(), strings.TrimSpace(value))
+		}
+	}
+	return fmt.Sprintf("%d × unknown CPU", runtime.NumCPU())
+}

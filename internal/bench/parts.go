@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// What runs in a network namespace of its own is a part of this program that
+// runs as another process: a request in JSON comes in, and a reply goes out. It
+// stays until its input ends; the namespace, with all that is left of its
+// connections, ends with it.
+var parts = map[string]func(*json.Decoder) (any, error){
+	"load":     part(runLoad),
+	"hold":     part(runHold),
+	"snapshot": part(runSnapshot),
+	"latency":  part(runLatency),
+	"memory":   part(runMemory),
+}
+
+// self is this very program, also where another has taken its path.
+const self = "/proc/self/exe"
+
+func part[Request, Reply any](fn func(Request) (Reply, error)) func(*json.Decoder) (any, error) {
+	return func(in *json.Decoder) (any, error) {
+		var request Request
+		if err := in.Decode(&request); err != nil {
+			return nil, err
+		}
+		return fn(request)
+	}
+}
+
+// runPart is main for a part.
+func runPart(name string) error {
+	fn, ok := parts[name]
+	if !ok {
+		return fmt.Errorf("there is no part %q", name)
+	}
+	reply, err := fn(json.NewDecoder(os.Stdin))
+	if err != nil {
+		return err
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(reply); err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
+// inNamespace runs a part in a new network namespace.
+func inNamespace[Reply any](ctx context.Context, name string, request any) (reply Reply, err error) {
+	in, err := json.Marshal(request)
+	if err != nil {
+		return reply, err
+	}
+	var out, failed bytes.Buffer
+	cmd := exec.CommandContext(ctx, self, name)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &out, &failed
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	if err := cmd.Run(); err != nil {
+		return reply, fmt.Errorf("%s: %w", name, errors.Join(err, errors.New(failed.String())))
+	}
+	return reply, json.Unmarshal(out.Bytes(), &reply)
+}
+
+// A holder is a part that stays, in the caller's namespace.
+type holder struct {
+	cmd *exec.Cmd
+	in  io.Closer
+}
+
+func startHolder(request holdRequest) (_ *holder, err error) {
+	cmd := exec.Command(self, "hold")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	h := &holder{cmd, in}
+	var reply held
+	if err := errors.Join(json.NewEncoder(in).Encode(request), json.NewDecoder(out).Decode(&reply)); err != nil {
+		return nil, errors.Join(fmt.Errorf("hold: %w", err), h.Close())
+	}
+	return h, nil
+}
+
+// Close ends the part, and with it what it holds.
+func (h *holder) Close() error { return errors.Join(h.in.Close(), h.cmd.Wait()) }
+
+func makeLoad(ctx context.Context, l load) (loaded, error) {
+	return inNamespace[loaded](ctx, "load", l)
+}

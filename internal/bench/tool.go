@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// bpftraceScript measures durations in FIN_WAIT2 the way people write it.
+const bpftraceScript = `
+tracepoint:sock:inet_sock_set_state /args->newstate == 5/ { @start[args->skaddr] = nsecs; }
+tracepoint:sock:inet_sock_set_state /args->oldstate == 5 && @start[args->skaddr]/ {
+	@ms = hist((nsecs - @start[args->skaddr]) / 1000000);
+	delete(@start[args->skaddr]);
+}`
+
+// A tool is a command that traces TCP states.
+type tool struct {
+	name string
+	args []string
+}
+
+func fintrace(binary string, args ...string) tool {
+	return tool{"fintrace", append([]string{binary, "trace"}, args...)}
+}
+
+var (
+	tcpstates = tool{"tcpstates", []string{"tcpstates"}}
+	bpftrace  = tool{"bpftrace", []string{"bpftrace", "-e", bpftraceScript}}
+)
+
+// tracer is a tool at work.
+type tracer struct {
+	name   string
+	cmd    *exec.Cmd
+	stderr bytes.Buffer
+	ended  chan error
+}
+
+// attachWithin is how long a tool may take to attach; bpftrace compiles first.
+const attachWithin = 20 * time.Second
+
+// start runs the tool with its output to stdout, or away where that is nil, and
+// returns once its programs run.
+func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
+	path, err := exec.LookPath(t.args[0])
+	if err != nil {
+		return nil, errors.New("not installed")
+	}
+	r := &tracer{name: t.name, cmd: exec.CommandContext(ctx, path, t.args[1:]...), ended: make(chan error, 1)}
+	if stdout != nil {
+		r.cmd.Stdout = stdout
+	}
+	r.cmd.Stderr = &r.stderr
+	if err := r.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() { r.ended <- r.cmd.Wait() }()
+	if err := errors.Join(r.attached(ctx), r.settled()); err != nil {
+		_ = r.cmd.Process.Kill() // It may have ended by itself, which is then what err says.
+		return nil, err
+	}
+	return r, nil
+}
+
+// attached waits until a connection has made the tool's programs run.
+func (r *tracer) attached(ctx context.Context) error {
+	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
+	if err != nil {
+		return fmt.Errorf("count the runs of BPF programs: %w", err)
+	}
+	defer stats.Close()
+	for deadline := time.Now().Add(attachWithin); time.Now().Before(deadline); {
+		if _, err := makeLoad(ctx, load{Close: healthy, Connections: 1, Duration: time.Second}); err != nil {
+			return err
+		}
+		programs, err := r.programs()
+		if err != nil {
+			return err
+		}
+		c, err := costOf(programs)
+		closePrograms(programs)
+		if err != nil {
+			return err
+		}
+		if c.runs > 0 {
+			return nil
+		}
+		select {
+		case err := <-r.ended:
+			return fmt.Errorf("ended at once (%v): %s", err, firstLine(r.stderr.String()))
+		default:
+		}
+	}
+	return fmt.Errorf("no program of it has run within %s: %s", attachWithin, firstLine(r.stderr.String()))
+}
+
+// settled waits until the tool has done what it does at its start, and is idle.
+func (r *tracer) settled() error {
+	const pause, idle = 100 * time.Millisecond, 2 * time.Millisecond
+	before, err := r.cpu()
+	for deadline := time.Now().Add(attachWithin); err == nil && time.Now().Before(deadline); {
+		time.Sleep(pause)
+		var now time.Duration
+		if now, err = r.cpu(); now-before < idle {
+			return err
+		}
+		before = now
+	}
+	return errors.Join(err, fmt.Errorf("%s goes on working without a connection", r.name))
+}
+
+func firstLine(s string) string {
+	line, _, _ := strings.Cut(strings.TrimSpace(s), "\n")
+	return line
+}
+
+// programs are the BPF programs of the process that events run: not iterators.
+func (r *tracer) programs() ([]*ebpf.Program, error) {
+	dir := filepath.Join("/proc", strconv.Itoa(r.cmd.Process.Pid), "fdinfo")
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, nil // It has ended.
+	}
+	var ids, iterators []ebpf.ProgramID
+	for _, e := range entries {
+		text, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			continue // Closed meanwhile.
+		}
+		info := map[string]string{}
+		for line := range strings.Lines(string(text)) {
+			key, value, _ := strings.Cut(line, ":")
+			info[key] = strings.TrimSpace(value)
+		}
+		id, err := strconv.ParseUint(info["prog_id"], 10, 32)
+		if err != nil {
+			continue // Neither a program nor a link.
+		}
+		if info["link_type"] == "iter" {
+			iterators = append(iterators, ebpf.ProgramID(id))
+		}
+		if !slices.Contains(ids, ebpf.ProgramID(id)) {
+			ids = append(ids, ebpf.ProgramID(id))
+		}
+	}
+	var programs []*ebpf.Program
+	for _, id := range ids {
+		if slices.Contains(iterators, id) {
+			continue
+		}
+		p, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			closePrograms(programs)
+			return nil, fmt.Errorf("program %d of %s: %w", id, r.name, err)
+		}
+		programs = append(programs, p)
+	}
+	return programs, nil
+}
+
+func closePrograms(programs []*ebpf.Program) {
+	for _, p := range programs {
+		p.Close()
+	}
+}
+
+// cpu is the processor time that all threads of the tool have had so far.
+func (r *tracer) cpu() (time.Duration, error) {
+	// The clock of another process, clock_getcpuclockid(3): in nanoseconds,
+	// where /proc/PID/stat counts ticks of 10 ms.
+	const cpuclockSched = 2
+	var ts unix.Timespec
+	if err := unix.ClockGettime(int32(^r.cmd.Process.Pid<<3|cpuclockSched), &ts); err != nil {
+		return 0, fmt.Errorf("CPU time of %s: %w", r.name, err)
+	}
+	return time.Duration(ts.Nano()), nil
+}
+
+// peakRSS is the most memory it has had resident, in bytes.
+func (r *tracer) peakRSS() (float64, error) {
+	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(r.cmd.Process.Pid), "status"))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kB, err := strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 64)
+			return kB * 1024, err
+		}
+	}
+	return 0, fmt.Errorf("no VmHWM in the status of %s", r.name)
+}
+
+// stop ends the tool as Ctrl-C does.
+func (r *tracer) stop() error {
+	if err := r.cmd.Process.Signal(os.Interrupt); err != nil {
+		return fmt.Errorf("stop %s: %w", r.name, err)
+	}
+	select {
+	case <-r.ended:
+		// How it exits on Ctrl-C is its own affair.
+		return nil
+	case <-time.After(10 * time.Second):
+		return errors.Join(fmt.Errorf("%s does not end on an interrupt", r.name), r.cmd.Process.Kill())
+	}
+}
+
+// tempOutput is a file for the output of a tool, deleted already.
+func tempOutput() (*os.File, error) {
+	f, err := os.CreateTemp("", "bench")
+	if err != nil {
+		return nil, err
+	}
+	return f, os.Remove(f.Name())
+}
+
+// readBack is all that was written to f.
+func readBack(f *os.File) ([]byte, error) {
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return nil, err
+	}
+	return io.ReadAll(f)
+}
