@@ -288,8 +288,11 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 		 */
 		if (!config.all_states && is_dead(sk) &&
 		    fin_time(tp, sk->__sk_common.skc_net.net) <=
-			    (__s32)config.hz * TCP_TIMEWAIT_SECONDS)
+			    (__s32)config.hz * TCP_TIMEWAIT_SECONDS) {
+			/* Now, for the minisock to take it over. */
+			bpf_get_socket_cookie(sk);
 			return 0;
+		}
 		known = take_closer(&who, sk);
 	} else if (old_state == TCP_FIN_WAIT2) {
 		/* The closer is still noted only if the entry was not sent. */

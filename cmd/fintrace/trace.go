@@ -210,7 +210,11 @@ func (t *tracing) greet() {
 			strings.Join(parts, ", "), bound, report.Duration(found[0].Duration), len(overdue))
 	}
 	fmt.Fprintln(t.env.stderr, ".")
-	if t.asJSON || t.allStates {
+	if t.asJSON {
+		return
+	}
+	if t.allStates {
+		t.printed(t.live.TransitionHeader())
 		return
 	}
 	t.printed(t.live.Header())

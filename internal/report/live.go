@@ -117,14 +117,29 @@ func stages(c *track.Conn) string {
 	return text
 }
 
-// Transition prints one state change of one socket. Was is the time in the old
-// state, negative if unknown.
-func (l *Live) Transition(at events.Time, flow events.Flow, from, to string, was time.Duration, p events.Process) error {
-	spent := "?"
-	if was >= 0 {
-		spent = Duration(was)
+// transitionColumns is how state changes are laid out.
+var transitionColumns = []column{
+	{title: "TIME", width: 12, drop: 3}, {title: "LOCAL", width: 21}, {title: "REMOTE", width: 21},
+	{title: "FROM", width: 11}, {title: "TO", width: 11}, {title: "AFTER", width: 7, right: true}, {title: "PROCESS", drop: 4},
+}
+
+// TransitionHeader prints the names of the columns of Transition.
+func (l *Live) TransitionHeader() error {
+	return l.transition(titles(transitionColumns))
+}
+
+// Transition prints one state change of one socket. Spent is the time in the
+// old state, negative if unknown.
+func (l *Live) Transition(at events.Time, flow events.Flow, from, to string, spent time.Duration, p events.Process) error {
+	after := "?"
+	if spent >= 0 {
+		after = Duration(spent)
 	}
-	_, err := fmt.Fprintf(l.w, "%s  %-21s  %-21s  %s → %s  %s  %s\n", l.names.Wall(at).Format("15:04:05.000"),
-		flow.Local, flow.Remote, from, to, spent, processName(p))
+	return l.transition([]string{l.names.Wall(at).Format("15:04:05.000"), flow.Local.String(), flow.Remote.String(),
+		from, to, after, processName(p)})
+}
+
+func (l *Live) transition(cells []string) error {
+	_, err := fmt.Fprintln(l.w, line(fit(transitionColumns, l.style.Width), cells))
 	return err
 }

@@ -3,7 +3,9 @@
 package track
 
 import (
+	"cmp"
 	"maps"
+	"slices"
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
@@ -12,6 +14,9 @@ import (
 
 // jiffy is the longest there is (CONFIG_HZ=100): how exact a kernel timer's time is.
 const jiffy = 10 * time.Millisecond
+
+// stampError is how far an entry stamp, in whole milliseconds, may be off.
+const stampError = 2 * time.Millisecond
 
 // BeginSnapshot is called before the first socket of a snapshot is read.
 func (t *Tracker) BeginSnapshot(now events.Time) {
@@ -46,7 +51,7 @@ func (t *Tracker) Observe(sockets []events.Socket) []Notice {
 
 // finished ends a minisock that the peer's FIN has moved on to TIME_WAIT. Its
 // timer was set to 60 s then, and where the peer sends timestamps its entry
-// stamp was renewed; both are renewed again by later packets.
+// stamp was renewed; later packets renew both again.
 func (t *Tracker) finished(i index, s *events.Socket) {
 	c := t.slab.at(i)
 	at := s.Time
@@ -55,7 +60,7 @@ func (t *Tracker) finished(i index, s *events.Socket) {
 	}
 	// A stamp that was not renewed is no later than what we know already, but
 	// for being cut to milliseconds.
-	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(time.Millisecond) {
+	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(stampError) {
 		at = min(at, stamp)
 	}
 	if c.stage != events.Minisock {
@@ -136,6 +141,9 @@ func (t *Tracker) seed(s *events.Socket) {
 	if i == 0 {
 		return
 	}
+	if t.pass > 1 {
+		t.counters.Corrected++
+	}
 	c := t.slab.at(i)
 	c.flow = s.Flow
 	c.netns = s.Netns
@@ -194,9 +202,9 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 			seen = c.since
 		}
 		c.closed = c.deadline.Add(-limit)
-		const stampError = 2*jiffy + 5*time.Millisecond
+		const timerError = 2*jiffy + stampError
 		switch early := seen.Sub(c.closed); {
-		case early.Abs() <= stampError:
+		case early.Abs() <= timerError:
 			c.closed = seen // Closed at its entry, as most are.
 		case early < 0:
 			// Held before it was closed, or a longer timer than the settings give.
@@ -227,8 +235,13 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 	t.notices = t.notices[:0]
 	full := map[uint32]uint64{}
 	for netns, counters := range cov.Netns {
-		if before, ok := t.overflow[netns]; ok {
-			full[netns] = counters.TimeWaitOverflow - before
+		// A namespace that came after the first snapshot began its count at 0;
+		// so did one that has been given the number of another.
+		if before, ok := t.overflow[netns]; ok || t.pass > 1 {
+			full[netns] = counters.TimeWaitOverflow
+			if counters.TimeWaitOverflow >= before {
+				full[netns] -= before
+			}
 		}
 	}
 	for _, i := range t.table {
@@ -260,6 +273,7 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 			t.end(i, c.alive, events.Reset, false)
 		}
 	}
+	slices.SortFunc(t.notices, func(a, b Notice) int { return cmp.Compare(a.Time, b.Time) })
 	// Those of a namespace that was not looked at too: its number may be given
 	// to another.
 	maps.DeleteFunc(t.listeners, func(_ listener, pass uint32) bool { return pass != t.pass })

@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/kerneltest"
+	"github.com/fintrace/fintrace/internal/limits"
+	"github.com/fintrace/fintrace/internal/probe"
+	"github.com/fintrace/fintrace/internal/track"
+)
+
+// TestFoundAtStart is about connections of each stage that were there before.
+func TestFoundAtStart(t *testing.T) {
+	kerneltest.Require(t)
+	ns := kerneltest.NewNamespace(t)
+	quickACK(t, ns)
+	finTimeout(t, ns, 90)
+	orphan := connect(t, ns, events.Inbound, ipv4)
+	orphan.close()
+	finTimeout(t, ns, 60)
+	held := connect(t, ns, events.Inbound, ipv4)
+	held.shutdown()
+	minisock := connect(t, ns, events.Outbound, ipv6)
+	minisock.close()
+	later := connect(t, ns, events.Inbound, ipv4)
+	later.shutdown()
+	pause(300 * time.Millisecond)
+	later.close()
+	pause(200 * time.Millisecond)
+
+	r := record(t, probe.Options{}, limits.Rules{})
+	found := func(p *pair) track.Conn {
+		t.Helper()
+		n := r.await(t, ns.Inode, p.flow, track.Opened, time.Second)
+		p.near("found", n.Conn.Duration, at(func() {}).since(p.entry()), 0)
+		return n.Conn
+	}
+	if c := found(held); c.Stage != events.Held || c.SinceExact || c.Side != events.Inbound ||
+		c.Process.Name() != ownName() || c.ClosedBy != events.ByShutdown {
+		t.Errorf("the held one was found as %+v", c)
+	}
+	if c := found(orphan); c.Stage != events.Orphaned || c.SinceExact || c.Side != events.Inbound {
+		t.Errorf("the orphan was found as %+v", c)
+	}
+	if c := found(minisock); c.Stage != events.Minisock || !c.SinceExact || !c.StagesKnown || c.Side != events.Outbound {
+		t.Errorf("the minisock was found as %+v", c)
+	}
+	if c := found(later); c.Stage != events.Minisock || !c.SinceExact || c.StagesKnown ||
+		c.Limit.Source() != "net.ipv4.tcp_fin_timeout 60s" || c.Limit.Duration != time.Minute {
+		t.Errorf("the minisock that had been held was found as %+v", c)
+	}
+
+	for _, p := range []*pair{held, orphan, minisock, later} {
+		end := at(func() { p.closeFD(&p.peer) })
+		c := r.await(t, ns.Inode, p.flow, track.Closed, soon).Conn
+		if c.End != events.PeerFIN || !c.EndExact {
+			t.Errorf("the one found %s ended by %s (exact %v), want peer_fin, exactly", c.Stage, c.End, c.EndExact)
+		}
+		p.near("in FIN_WAIT2", c.Duration, end.since(p.entry()), 0)
+	}
+}
+
+// entry is when the subject sent its FIN.
+func (p *pair) entry() moment {
+	if p.shut != (moment{}) {
+		return p.shut
+	}
+	return p.closed
+}
+
+// TestListAgreesWithSS compares with an independent witness while connections
+// come, change stage and go.
+func TestListAgreesWithSS(t *testing.T) {
+	kerneltest.Require(t)
+	spaces := []*kerneltest.Namespace{kerneltest.NewNamespace(t), kerneltest.NewNamespace(t)}
+	finTimeout(t, spaces[0], 1)
+	finTimeout(t, spaces[1], 61)
+	stop := make(chan struct{})
+	var movers sync.WaitGroup
+	// Each step takes longer than a comparison may.
+	const step = 500 * time.Millisecond
+	for i := range 12 {
+		ns, f := spaces[i%2], []family{ipv4, ipv6, v4mapped}[i%3]
+		movers.Go(func() {
+			for round := i; ; round++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				p := connect(t, ns, events.Side(1+round%2), f)
+				if round%3 != 0 {
+					p.shutdown()
+					pause(step)
+				}
+				if round%4 != 0 {
+					p.close()
+					pause(step)
+				}
+				if round%5 == 0 {
+					p.resetPeer()
+				}
+				p.closeFD(&p.peer)
+				p.closeFD(&p.subject)
+			}
+		})
+	}
+	compared := 0
+	for deadline := time.Now().Add(30 * time.Second); compared < 40; {
+		if time.Now().After(deadline) {
+			t.Fatalf("only %d comparisons could be made", compared)
+		}
+		began := time.Now()
+		before := ssFinWait2(t, spaces)
+		filter := &track.Filter{Netns: []uint32{spaces[0].Inode, spaces[1].Inode}}
+		conns, _, err := listConnections(env{}, limits.Rules{}, filter)
+		if err != nil {
+			t.Fatal(err)
+		}
+		after := ssFinWait2(t, spaces)
+		if time.Since(began) >= step || !slices.Equal(before, after) {
+			continue // Something moved meanwhile: no witness.
+		}
+		var listed []string
+		for _, c := range conns {
+			listed = append(listed, fmt.Sprintf("%d %s %s", c.Netns, c.Flow.Local, c.Flow.Remote))
+		}
+		slices.Sort(listed)
+		if !slices.Equal(listed, before) {
+			t.Fatalf("list and ss disagree:\nlist %q\nss   %q", listed, before)
+		}
+		if len(before) > 0 {
+			compared++
+		}
+	}
+	close(stop)
+	movers.Wait()
+}
+
+// ssFinWait2 is what ss shows, as sorted "netns local remote".
+func ssFinWait2(t *testing.T, spaces []*kerneltest.Namespace) (flows []string) {
+	t.Helper()
+	for _, ns := range spaces {
+		out, err := exec.Command("nsenter", "--net="+ns.Path(), "ss", "-tanH", "state", "fin-wait-2").Output()
+		if err != nil {
+			t.Fatal("ss:", err)
+		}
+		for line := range strings.Lines(string(out)) {
+			fields := strings.Fields(line) // Recv-Q Send-Q Local:Port Peer:Port
+			if len(fields) < 4 {
+				t.Fatalf("ss printed %q", line)
+			}
+			flows = append(flows, fmt.Sprintf("%d %s %s", ns.Inode, unmap(t, fields[2]), unmap(t, fields[3])))
+		}
+	}
+	slices.Sort(flows)
+	return flows
+}
+
+// unmap prints an address of ss as fintrace does, v4-mapped ones as IPv4.
+func unmap(t *testing.T, s string) string {
+	t.Helper()
+	ap, err := netip.ParseAddrPort(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()).String()
+}
+
+// A churn makes connections as fast as the machine can and knows what became of them.
+type churn struct {
+	made   int // connections of which both ends are closed
+	failed error
+}
+
+// churnIn runs workers in a namespace until stop is closed.
+func churnIn(t *testing.T, ns *kerneltest.Namespace, workers int, stop <-chan struct{}) func() churn {
+	t.Helper()
+	for name, value := range map[string]string{
+		"net.ipv4.ip_local_port_range": "1024 65535",
+		"net.ipv4.tcp_max_tw_buckets":  "2000000",
+	} {
+		ns.Sysctl(t, name, value)
+	}
+	results := make(chan churn, workers)
+	for w := range workers {
+		go ns.Do(func() { results <- churnWorker(byte(w+1), stop) })
+	}
+	return func() (total churn) {
+		for range workers {
+			c := <-results
+			total.made += c.made
+			if c.failed != nil {
+				total.failed = c.failed
+			}
+		}
+		return total
+	}
+}
+
+// churnWorker is one thread that is both ends of its connections. Most close as
+// healthy ones do; of each hundred some are half-closed first, some closed
+// against a peer that is not ready, some reset.
+func churnWorker(id byte, stop <-chan struct{}) (c churn) {
+	listener, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return churn{failed: err}
+	}
+	defer unix.Close(listener)
+	for _, err := range []error{unix.Bind(listener, &unix.SockaddrInet4{}), unix.Listen(listener, 128)} {
+		if err != nil {
+			return churn{failed: err}
+		}
+	}
+	bound, err := unix.Getsockname(listener)
+	if err != nil {
+		return churn{failed: err}
+	}
+	port := int(endpoint(bound).Port)
+	var silent []int // peers that have yet to answer our FIN
+	defer func() {
+		for _, fd := range silent {
+			unix.Close(fd)
+			c.made++
+		}
+	}()
+	for n := 0; ; n++ {
+		select {
+		case <-stop:
+			return c
+		default:
+		}
+		if len(silent) >= 64 {
+			unix.Close(silent[0])
+			silent = silent[1:]
+			c.made++
+		}
+		client, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			c.failed = err
+			return c
+		}
+		// Enough addresses that no port pair is wanted again soon.
+		to := &unix.SockaddrInet4{Addr: [4]byte{127, id, byte(n / 250 % 250), byte(n%250 + 1)}, Port: port}
+		if err := unix.Connect(client, to); err != nil {
+			c.failed = err
+			unix.Close(client)
+			return c
+		}
+		server, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+		if err != nil {
+			c.failed = err
+			unix.Close(client)
+			return c
+		}
+		first, second := client, server
+		if n%2 == 0 {
+			first, second = server, client
+		}
+		switch n % 100 {
+		case 3, 13, 23:
+			if err := unix.Shutdown(first, unix.SHUT_WR); err != nil {
+				c.failed = err
+			}
+			unix.Close(second)
+			unix.Close(first)
+		case 5, 15, 25:
+			unix.Close(first)
+			silent = append(silent, second)
+			continue
+		default:
+			unix.Close(first)
+			unix.Close(second)
+		}
+		c.made++
+	}
+}
+
+// TestChurn: at the highest rate this machine makes, what enters leaves, nothing
+// is lost, and nothing stays.
+func TestChurn(t *testing.T) {
+	kerneltest.Require(t)
+	duration := time.Minute
+	if testing.Short() {
+		duration = 5 * time.Second
+	}
+	ns := kerneltest.NewNamespace(t)
+	r := record(t, probe.Options{}, limits.Rules{})
+	before := r.watch.counters.Instants
+	stop := make(chan struct{})
+	wait := churnIn(t, ns, 4, stop)
+	pause(duration)
+	close(stop)
+	load := wait()
+	if load.failed != nil {
+		t.Fatal("the load failed:", load.failed)
+	}
+	r.stop() // It looks once more.
+
+	var entered uint64
+	for i := range r.notices {
+		if n := &r.notices[i]; n.Kind == track.Opened && n.Conn.Netns == ns.Inode {
+			entered++
+		}
+	}
+	counters, kernel := r.watch.tracker.Counters(), r.watch.counters
+	instants := kernel.Instants - before
+	t.Logf("%d connections, %.0f a second: %d left as they entered, %d were tracked; lost %d, skipped by the kernel %d, corrected %d",
+		load.made, float64(load.made)/duration.Seconds(), instants, entered, kernel.Lost, kernel.Missed, counters.Corrected)
+	if kernel.Lost != 0 {
+		t.Errorf("%d records lost", kernel.Lost)
+	}
+	// What the kernel skips (an event within an event on one CPU) is the only
+	// thing that may be missing.
+	if seen := instants + entered; seen > uint64(load.made) || seen+kernel.Missed < uint64(load.made) {
+		t.Errorf("%d connections were made and closed, %d seen, %d skipped", load.made, seen, kernel.Missed)
+	}
+	if counters.Entered != counters.Left+uint64(r.watch.tracker.Len()) {
+		t.Errorf("%d entered, %d left, %d are there", counters.Entered, counters.Left, r.watch.tracker.Len())
+	}
+	r.watch.tracker.All(probe.Now(), func(c track.Conn) {
+		if c.Netns == ns.Inode {
+			t.Errorf("%s → %s is still in the table, %s for %s", c.Flow.Local, c.Flow.Remote, c.Stage, c.Duration)
+		}
+	})
+}
+
+// TestLosses: with a ring buffer much too small, losses are counted, nothing
+// stays in the table for ever, and nothing that is there is missing from it.
+func TestLosses(t *testing.T) {
+	kerneltest.Require(t)
+	ns := kerneltest.NewNamespace(t)
+	r := record(t, probe.Options{Instants: true, RingBytes: 4096}, limits.Rules{})
+	stop := make(chan struct{})
+	wait := churnIn(t, ns, 2, stop)
+	var real []*pair
+	for range 20 {
+		held, closed := connect(t, ns, events.Inbound, ipv4), connect(t, ns, events.Outbound, ipv4)
+		held.shutdown()
+		closed.close()
+		real = append(real, held, closed)
+		pause(50 * time.Millisecond)
+	}
+	close(stop)
+	if load := wait(); load.failed != nil {
+		t.Fatal("the load failed:", load.failed)
+	}
+	r.stop()
+
+	kernel, counters := r.watch.counters, r.watch.tracker.Counters()
+	t.Logf("%d records lost, %d skipped by the kernel, %d corrected", kernel.Lost, kernel.Missed, counters.Corrected)
+	if kernel.Lost == 0 {
+		t.Error("no record was lost: the test shows nothing")
+	}
+	there := map[events.Flow]events.Stage{}
+	r.watch.tracker.All(probe.Now(), func(c track.Conn) {
+		if c.Netns == ns.Inode {
+			there[c.Flow] = c.Stage
+		}
+	})
+	for i, p := range real {
+		if want := []events.Stage{events.Held, events.Minisock}[i%2]; there[p.flow] != want {
+			t.Errorf("%s → %s is %s in the table, and %s in truth", p.flow.Local, p.flow.Remote, there[p.flow], want)
+		}
+		delete(there, p.flow)
+	}
+	for flow, stage := range there {
+		t.Errorf("%s → %s is %s in the table, and gone in truth", flow.Local, flow.Remote, stage)
+	}
+}
