@@ -91,9 +91,8 @@ func GroupBy(conns []track.Conn, keys []string) []Group {
 		if c.Overdue {
 			g.Overdue++
 		}
-		if c.Duration > g.Oldest {
-			g.Oldest, g.AtLeast = c.Duration, !c.SinceExact
-		}
+		g.Oldest = max(g.Oldest, c.Duration)
+		g.AtLeast = g.AtLeast || !c.SinceExact // It may be the oldest.
 	}
 	sorted := make([]Group, 0, len(groups))
 	for _, g := range groups {

@@ -28,6 +28,7 @@ func fit(columns []column, width int) []column {
 		return n - 2
 	}
 	const dropped = -1
+	all := columns
 	columns = append([]column(nil), columns...)
 	for width > 0 && total() > width {
 		last := 0
@@ -41,7 +42,19 @@ func fit(columns []column, width int) []column {
 		}
 		columns[last].drop = dropped
 	}
-	return columns
+	// A wide one that went last may have made room for others that went before.
+	for {
+		best := -1
+		for i, c := range columns {
+			if c.drop < 0 && total()+2+c.width <= width && (best < 0 || all[i].drop < all[best].drop) {
+				best = i
+			}
+		}
+		if best < 0 {
+			return columns
+		}
+		columns[best].drop = all[best].drop
+	}
 }
 
 // line lays out one row in columns that fit has chosen.

@@ -45,9 +45,8 @@ type history struct {
 	lost      int // records
 	lastPlace int // records delivered or lost
 	shown     bool
-	closed    bool        // the tracker has said so
-	overdue   bool        // likewise
-	covered   events.Time // the last complete snapshot that showed it in TIME_WAIT, or in FIN_WAIT2
+	closed    bool // the tracker has said so
+	overdue   bool // likewise
 }
 
 func (h *history) at(t events.Time) phase {

@@ -277,7 +277,6 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 	// Those of a namespace that was not looked at too: its number may be given
 	// to another.
 	maps.DeleteFunc(t.listeners, func(_ listener, pass uint32) bool { return pass != t.pass })
-	clear(t.overflow)
 	for netns, counters := range cov.Netns {
 		t.overflow[netns] = counters.TimeWaitOverflow
 	}

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package probe
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/fintrace/fintrace/internal/events"
+)
+
+// aligned copies data to where a record may be: at a multiple of 8 bytes.
+func aligned(data []byte) []byte {
+	if len(data) == 0 {
+		return nil
+	}
+	words := make([]uint64, (len(data)+7)/8)
+	out := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(words))), len(data))
+	copy(out, data)
+	return out
+}
+
+// bytesOf is the record that the kernel side would write.
+func bytesOf[T any](record T) []byte {
+	return append([]byte(nil), unsafe.Slice((*byte)(unsafe.Pointer(&record)), unsafe.Sizeof(record))...)
+}
+
+func rawEvent() bpfEvent {
+	ev := bpfEvent{
+		Time: 12345678901, Cookie: 0xc00c1e, Cgroup: 77, Netns: 4026531840, Pid: 1234,
+		FinTimeout: 60 * 250, Linger2: -1, Rto: 50, Err: 104, LocalPort: 443, RemotePort: 50123,
+		OldState: uint8(events.FinWait2), NewState: uint8(events.Close), Shutdown: rcvShutdown | sndShutdown, Dead: 1, Accepted: 1,
+	}
+	ev.Local = netip.MustParseAddr("192.0.2.1").As16()
+	ev.Remote = netip.MustParseAddr("2001:db8::7").As16()
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&ev.Comm)), 16), "haproxy")
+	return ev
+}
+
+func rawRow() bpfRow {
+	row := bpfRow{
+		Time: 12345678901, Cookie: 0xc00c1e, Inode: 99, Netns: 4026531840, FinTimeout: 60 * 250, Rto: 50,
+		LastAck: 250, Entry: 1500, Timer: -25, LocalPort: 443, RemotePort: 50123,
+		State: uint8(events.FinWait2), Minisock: 1, HasTimer: 1, HasEntry: 1,
+	}
+	row.Local = netip.MustParseAddr("192.0.2.1").As16()
+	row.Remote = netip.MustParseAddr("192.0.2.2").As16()
+	return row
+}
+
+var hz250 = clock{hz: 250}
+
+func TestDecodeEvent(t *testing.T) {
+	var ev events.Event
+	if err := hz250.decodeEvent(aligned(bytesOf(rawEvent())), &ev); err != nil {
+		t.Fatal(err)
+	}
+	want := events.Event{
+		Time: 12345678901, Cookie: 0xc00c1e, Netns: 4026531840,
+		Flow: events.Flow{
+			Local:  events.EndpointFrom(netip.MustParseAddrPort("192.0.2.1:443")),
+			Remote: events.EndpointFrom(netip.MustParseAddrPort("[2001:db8::7]:50123")),
+		},
+		Old: events.FinWait2, New: events.Close,
+		Process: events.Process{PID: 1234, Cgroup: 77, Comm: [16]byte{'h', 'a', 'p', 'r', 'o', 'x', 'y'}},
+		Timers:  events.Timers{FinTimeout: 60 * time.Second, Linger2: -4 * time.Millisecond, RTO: 200 * time.Millisecond},
+		Err:     104, RcvShut: true, SndShut: true, Dead: true, Accepted: true,
+	}
+	if ev != want {
+		t.Errorf("%+v\nwant %+v", ev, want)
+	}
+}
+
+func TestDecodeRow(t *testing.T) {
+	flow := events.Flow{
+		Local:  events.EndpointFrom(netip.MustParseAddrPort("192.0.2.1:443")),
+		Remote: events.EndpointFrom(netip.MustParseAddrPort("192.0.2.2:50123")),
+	}
+	want := events.Socket{
+		Time: 12345678901, Cookie: 0xc00c1e, Inode: 99, Netns: 4026531840, Flow: flow,
+		State: events.FinWait2, Stage: events.Minisock,
+		Timers:  events.Timers{FinTimeout: 60 * time.Second, RTO: 200 * time.Millisecond},
+		LastAck: time.Second, Entry: 1500 * time.Millisecond, Timer: -100 * time.Millisecond, HasTimer: true,
+	}
+	for _, test := range []struct {
+		name   string
+		change func(*bpfRow, *events.Socket)
+	}{
+		{"minisock", func(*bpfRow, *events.Socket) {}},
+		{"minisock without a stamp", func(r *bpfRow, s *events.Socket) { r.HasEntry = 0; s.Entry = -1 }},
+		{"TIME_WAIT", func(r *bpfRow, s *events.Socket) { r.State, s.State = uint8(events.TimeWait), events.TimeWait }},
+		{"held", func(r *bpfRow, s *events.Socket) { r.Minisock = 0; s.Stage, s.Entry = events.Held, -1 }},
+		{"orphan", func(r *bpfRow, s *events.Socket) { r.Minisock, r.Dead = 0, 1; s.Stage, s.Entry = events.Orphaned, -1 }},
+		{"listener", func(r *bpfRow, s *events.Socket) {
+			r.Minisock, r.State = 0, uint8(events.Listen)
+			s.Stage, s.State, s.Entry = 0, events.Listen, -1
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			row, want := rawRow(), want
+			test.change(&row, &want)
+			var s events.Socket
+			if err := hz250.decodeRow(aligned(bytesOf(row)), &s); err != nil {
+				t.Fatal(err)
+			}
+			if s != want {
+				t.Errorf("%+v\nwant %+v", s, want)
+			}
+		})
+	}
+}
+
+func FuzzDecodeEvent(f *testing.F) {
+	whole := bytesOf(rawEvent())
+	f.Add(whole, int64(250))
+	f.Add(whole[:len(whole)-1], int64(1000))
+	f.Add(append(whole, 0), int64(100))
+	f.Add([]byte{}, int64(300))
+	f.Add(make([]byte, eventSize), int64(250))
+	f.Fuzz(func(t *testing.T, data []byte, hz int64) {
+		if hz < 1 || hz > 10_000 {
+			t.Skip()
+		}
+		ev := events.Event{Cookie: 1}
+		err := clock{hz}.decodeEvent(aligned(data), &ev)
+		if len(data) != eventSize {
+			want := fmt.Sprintf("a record of %d bytes where the BPF program sends %d", len(data), eventSize)
+			if err == nil || err.Error() != want {
+				t.Fatalf("error %v, want %s", err, want)
+			}
+			if ev != (events.Event{Cookie: 1}) {
+				t.Fatal("a record of the wrong length was decoded")
+			}
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := binary.NativeEndian.Uint64(data); uint64(ev.Time) != got {
+			t.Fatalf("time %d, want %d", ev.Time, got)
+		}
+		_ = ev.Old.String() + ev.New.String() + ev.Flow.Local.String() + ev.Flow.Remote.String() + ev.Process.Name()
+	})
+}
+
+func FuzzDecodeRow(f *testing.F) {
+	whole := bytesOf(rawRow())
+	f.Add(whole, int64(250))
+	f.Add(whole[:len(whole)-1], int64(1000))
+	f.Add(append(whole, 0), int64(100))
+	f.Add([]byte{}, int64(300))
+	f.Add(make([]byte, rowSize), int64(250))
+	f.Fuzz(func(t *testing.T, data []byte, hz int64) {
+		if hz < 1 || hz > 10_000 {
+			t.Skip()
+		}
+		s := events.Socket{Cookie: 1}
+		err := clock{hz}.decodeRow(aligned(data), &s)
+		if len(data) != rowSize {
+			want := fmt.Sprintf("a row of %d bytes where the BPF program writes %d", len(data), rowSize)
+			if err == nil || err.Error() != want {
+				t.Fatalf("error %v, want %s", err, want)
+			}
+			if s != (events.Socket{Cookie: 1}) {
+				t.Fatal("a row of the wrong length was decoded")
+			}
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.Entry < -1 || s.LastAck < 0 {
+			t.Fatalf("an age below 0: %+v", s)
+		}
+		if (s.Stage == 0) != (s.State != events.FinWait2 && data[unsafe.Offsetof(bpfRow{}.Minisock)] == 0) {
+			t.Fatalf("%v of a socket in %v", s.Stage, s.State)
+		}
+	})
+}
+
+func FuzzParseNamespace(f *testing.F) {
+	for _, s := range []string{"net:[4026531840]", "net:[0]", "net:[]", "net:[4294967296]", "net:[-1]", "net:[+1]", "net:[1", "mnt:[1]", "net:[1]]", ""} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		inode, ok := parseNamespace(s)
+		digits := strings.TrimSuffix(strings.TrimPrefix(s, "net:["), "]")
+		if ok && strings.TrimLeft(digits, "0") != strings.TrimLeft(fmt.Sprint(inode), "0") {
+			t.Fatalf("%q is %d", s, inode)
+		}
+		if again, ok := parseNamespace(fmt.Sprintf("net:[%d]", inode)); !ok || again != inode {
+			t.Fatalf("%d is read as %d, %v", inode, again, ok)
+		}
+	})
+}
+
+func FuzzParseMounts(f *testing.F) {
+	f.Add("610 29 0:4 net:[4026532245] /run/netns/a\\040b rw shared:5 - nsfs nsfs rw\n")
+	f.Add("29 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw\n\n1 2\nnet:[1]")
+	f.Add("1 2 3 net:[7] /\\134040x - - -")
+	f.Fuzz(func(t *testing.T, text string) {
+		found, err := parseMounts(strings.NewReader(text))
+		if err != nil && !strings.Contains(err.Error(), "token too long") {
+			t.Fatal(err)
+		}
+		for inode, path := range found {
+			if path == "" || !strings.Contains(text, "net:[") {
+				t.Fatalf("namespace %d at %q", inode, path)
+			}
+		}
+	})
+}
+
+func TestParseMounts(t *testing.T) {
+	found, err := parseMounts(strings.NewReader("610 29 0:4 net:[7] /run/netns/a\\040b\\134040c rw - nsfs nsfs rw\n"))
+	if want := `/run/netns/a b\040c`; err != nil || found[7] != want {
+		t.Errorf("%q, %v; want %q", found[7], err, want)
+	}
+}
+
+func FuzzProtocolCounts(f *testing.F) {
+	f.Add("sockets: used 9\nTCP: inuse 5 orphan 1 tw 2 alloc 7 mem 3\nUDP: inuse 2 mem 1\n", "TCP:")
+	f.Add("TCP6: inuse 3\n", "TCP6:")
+	f.Add("TCP: inuse x", "TCP:")
+	f.Add("TCP: inuse", "TCP:")
+	f.Add("TCP: inuse 99999999999999999999", "TCP:")
+	f.Fuzz(func(t *testing.T, text, prefix string) {
+		counts, err := protocolCounts(strings.NewReader(text), prefix)
+		if err != nil && counts != nil {
+			t.Fatalf("counts %v beside the error %v", counts, err)
+		}
+		for name, n := range counts {
+			if !strings.Contains(text, name) || strings.Count(text, prefix) == 0 {
+				t.Fatalf("%q is %d", name, n)
+			}
+		}
+	})
+}
+
+func TestProtocolCounts(t *testing.T) {
+	const text = "sockets: used 9\nTCP: inuse 5 orphan 1 tw 2 alloc 7 mem 3\nUDP: inuse 8 mem 1\n"
+	counts, err := protocolCounts(strings.NewReader(text), "TCP:")
+	if err != nil || counts["inuse"] != 5 || counts["tw"] != 2 || len(counts) != 5 {
+		t.Errorf("%v, %v", counts, err)
+	}
+	if _, err := protocolCounts(strings.NewReader("TCP: inuse x"), "TCP:"); err == nil {
+		t.Error("a count of x")
+	}
+}
+
+func FuzzTimeWaitOverflow(f *testing.F) {
+	f.Add("TcpExt: SyncookiesSent TCPTimeWaitOverflow Other\nTcpExt: 1 23 4\nIpExt: A\nIpExt: 1\n")
+	f.Add("TcpExt: TCPTimeWaitOverflow\nTcpExt:\n")
+	f.Add("TcpExt: 1\nTcpExt: 2\n")
+	f.Add("TcpExt: TCPTimeWaitOverflow\nTcpExt: -1\n")
+	f.Add("")
+	f.Fuzz(func(t *testing.T, text string) {
+		n, err := timeWaitOverflow(strings.NewReader(text))
+		if err == nil && !strings.Contains(text, "TCPTimeWaitOverflow") {
+			t.Fatalf("%d of nothing", n)
+		}
+		if err != nil && n != 0 && !strings.Contains(err.Error(), "out of range") {
+			t.Fatalf("%d beside the error %v", n, err)
+		}
+	})
+}
+
+func TestTimeWaitOverflow(t *testing.T) {
+	n, err := timeWaitOverflow(strings.NewReader("TcpExt: SyncookiesSent TCPTimeWaitOverflow Other\nTcpExt: 1 23 4\n"))
+	if err != nil || n != 23 {
+		t.Errorf("%d, %v", n, err)
+	}
+	if _, err := timeWaitOverflow(strings.NewReader("TcpExt: Other\nTcpExt: 4\n")); err == nil {
+		t.Error("a column that is not there")
+	}
+}
