@@ -6,13 +6,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	"github.com/fintrace/fintrace/internal/report"
@@ -43,11 +46,14 @@ them, and which timer should have ended them.
   fintrace list     what is there now, the oldest first
   fintrace trace    watch them come, pass their limit, and go
   fintrace demo     a pile-up of its own, to see it all work`,
-		Args:          cobra.NoArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
 	root.AddCommand(traceCommand(e), listCommand(e), demoCommand(e), versionCommand(e))
+	root.InitDefaultCompletionCmd(args...)
+	root.InitDefaultHelpCmd()
+	insist(root)
+	root.SetFlagErrorFunc(flagError)
 	root.SetArgs(args)
 	root.SetOut(e.stdout)
 	root.SetErr(e.stderr)
@@ -56,6 +62,73 @@ them, and which timer should have ended them.
 		return 1
 	}
 	return 0
+}
+
+// insist makes the commands that only have commands refuse any other word, and
+// help one that it does not know; cobra takes both for a success.
+func insist(cmd *cobra.Command) {
+	for _, c := range cmd.Commands() {
+		insist(c)
+	}
+	switch {
+	case cmd.Name() == "help":
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			about, rest, err := cmd.Root().Find(args)
+			if err != nil {
+				return err
+			}
+			if len(rest) > 0 {
+				return unknownCommand(about, rest[0])
+			}
+			return about.Help()
+		}
+	case cmd.HasSubCommands():
+		cmd.Args = cobra.ArbitraryArgs
+		cmd.DisableFlagsInUseLine = true
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return unknownCommand(cmd, args[0])
+			}
+			return cmd.Help()
+		}
+	}
+}
+
+func unknownCommand(parent *cobra.Command, word string) error {
+	var names []string
+	for _, c := range parent.Commands() {
+		names = append(names, c.Name())
+	}
+	if len(names) == 0 {
+		return fmt.Errorf("%s has no command %q", parent.CommandPath(), word)
+	}
+	return fmt.Errorf("the commands of %s are %s, not %q", parent.CommandPath(), strings.Join(names, ", "), word)
+}
+
+// noArguments refuses what is left of the command line after the flags.
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%s takes flags only, not %q", cmd.CommandPath(), args[0])
+	}
+	return nil
+}
+
+// flagError leads with the flag; what a value has to be, its parser says.
+func flagError(cmd *cobra.Command, err error) error {
+	var (
+		invalid *pflag.InvalidValueError
+		unknown *pflag.NotExistError
+		bare    *pflag.ValueRequiredError
+	)
+	switch {
+	case errors.As(err, &invalid):
+		return fmt.Errorf("--%s: %w", invalid.GetFlag().Name, invalid.Unwrap())
+	case errors.As(err, &bare):
+		return fmt.Errorf("--%s needs a value: %s", bare.GetFlag().Name, bare.GetFlag().Value.Type())
+	case errors.As(err, &unknown):
+		return fmt.Errorf("%w; %s --help lists the flags", err, cmd.CommandPath())
+	}
+	return err
 }
 
 // style is how text goes to stdout: a terminal gets colour, unless NO_COLOR
