@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/fintrace/fintrace/internal/report"
@@ -129,6 +130,26 @@ func flagError(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w; %s --help lists the flags", err, cmd.CommandPath())
 	}
 	return err
+}
+
+// whenUnread calls stop once nobody reads stdout any more. A trace of a quiet
+// host would otherwise outlive the `head` that it was piped to, because a write
+// is what ends a program then.
+func (e env) whenUnread(stop func()) {
+	f, ok := e.stdout.(*os.File)
+	if !ok {
+		return
+	}
+	go func() {
+		// Asked for nothing, poll(2) tells of errors and hang-ups.
+		fds := []unix.PollFd{{Fd: int32(f.Fd())}}
+		for {
+			if _, err := unix.Poll(fds, -1); !errors.Is(err, unix.EINTR) {
+				stop()
+				return
+			}
+		}
+	}()
 }
 
 // style is how text goes to stdout: a terminal gets colour, unless NO_COLOR

@@ -86,6 +86,7 @@ const statesKept = 1 << 20
 func (t *tracing) run(ctx context.Context) (err error) {
 	ctx, t.cancel = context.WithCancel(ctx)
 	defer t.cancel()
+	t.env.whenUnread(t.cancel)
 	p, err := probe.Open(probe.Options{
 		AllStates: t.allStates,
 		Instants:  t.filter.MinDuration == 0,
