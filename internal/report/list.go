@@ -128,8 +128,8 @@ func Groups(w io.Writer, keys []string, groups []Group, style Style) error {
 	for _, k := range keys {
 		columns = append(columns, column{title: strings.ToUpper(k)})
 	}
-	columns = append(columns, column{title: "COUNT", right: true}, column{title: "OVERDUE", right: true},
-		column{title: "OLDEST", right: true})
+	columns = append(columns, column{title: "COUNT", right: true}, column{title: "OVERDUE", right: true, drop: 2},
+		column{title: "OLDEST", right: true, drop: 1})
 	rows := make([][]string, len(groups))
 	for i, g := range groups {
 		oldest := Duration(g.Oldest)

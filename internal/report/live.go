@@ -5,7 +5,9 @@ package report
 import (
 	"fmt"
 	"io"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/track"
@@ -44,7 +46,7 @@ func NewLive(w io.Writer, style Style, names *Names) *Live {
 		{title: "PEER", width: 21},
 		{title: "SIDE", width: 8, drop: 6},
 		{title: "PROCESS", width: 18, drop: 4},
-		{title: "WHY", width: 36, drop: 1},
+		{title: "WHY", width: 20, drop: 1},
 	}, style.Width)}
 }
 
@@ -57,7 +59,7 @@ func (l *Live) Header() error {
 // Notice prints one notice.
 func (l *Live) Notice(n *track.Notice) error {
 	c := &n.Conn
-	text := line(l.columns, []string{
+	cells := []string{
 		l.names.Wall(n.Time).Format(time.TimeOnly),
 		n.Kind.String(),
 		age(c),
@@ -68,7 +70,8 @@ func (l *Live) Notice(n *track.Notice) error {
 		c.Side.String(),
 		processName(c.Process),
 		why(n),
-	})
+	}
+	text := l.shorten(line(l.columns, cells), cells[len(cells)-1])
 	switch {
 	case n.Kind == track.Overdue:
 		text = l.style.paint("31", text)
@@ -77,6 +80,16 @@ func (l *Live) Notice(n *track.Notice) error {
 	}
 	_, err := fmt.Fprintln(l.w, text)
 	return err
+}
+
+// shorten makes a line fit the terminal if that takes a part of its last cell
+// only: it is better that an address wraps than that it is cut.
+func (l *Live) shorten(text, last string) string {
+	over := utf8.RuneCountInString(text) - l.style.Width
+	if l.style.Width == 0 || over <= 0 || over >= utf8.RuneCountInString(last) || !strings.HasSuffix(text, last) {
+		return text
+	}
+	return string([]rune(text)[:l.style.Width-1]) + "…"
 }
 
 // why is the sentence at the end of a line: what happened, in the terms of the kind.

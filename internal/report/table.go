@@ -3,12 +3,15 @@
 package report
 
 import (
+	"cmp"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
 
 // column is one column of a table. Where the terminal is too narrow, the
-// columns with the highest drop go first; those with 0 stay.
+// columns with the lowest drop are the first to be given room; those with 0 are
+// there in any case.
 type column struct {
 	title string
 	width int // at least
@@ -16,30 +19,27 @@ type column struct {
 	drop  int
 }
 
+const dropped = -1
+
 // fit says which columns are shown when width cells are there; 0 is no limit.
 func fit(columns []column, width int) []column {
-	total := func() int {
-		n := 0
-		for _, c := range columns {
-			if c.drop >= 0 {
-				n += c.width + 2
-			}
-		}
-		return n - 2
+	columns = slices.Clone(columns)
+	if width == 0 {
+		return columns
 	}
-	const dropped = -1
-	columns = append([]column(nil), columns...)
-	for width > 0 && total() > width {
-		last := 0
-		for i, c := range columns {
-			if c.drop > columns[last].drop {
-				last = i
-			}
+	order := make([]*column, len(columns))
+	for i := range columns {
+		order[i] = &columns[i]
+	}
+	slices.SortStableFunc(order, func(a, b *column) int { return cmp.Compare(a.drop, b.drop) })
+	const gap = 2
+	room := width + gap
+	for _, c := range order {
+		if c.drop > 0 && room < c.width+gap {
+			c.drop = dropped
+			continue
 		}
-		if columns[last].drop <= 0 {
-			break
-		}
-		columns[last].drop = dropped
+		room -= c.width + gap
 	}
 	return columns
 }
@@ -48,7 +48,7 @@ func fit(columns []column, width int) []column {
 func line(columns []column, cells []string) string {
 	var b strings.Builder
 	for i, c := range columns {
-		if c.drop < 0 {
+		if c.drop == dropped {
 			continue
 		}
 		if b.Len() > 0 {
