@@ -38,6 +38,17 @@ func main() {
 
 // run runs one command line and returns its exit code.
 func run(ctx context.Context, e env, args []string) int {
+	root := commands(e)
+	root.SetArgs(args)
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(e.stderr, "fintrace:", err)
+		return 1
+	}
+	return 0
+}
+
+// commands is the root of all commands.
+func commands(e env) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "fintrace",
 		Short: "See which TCP connections sit in FIN_WAIT2, since when, and why",
@@ -51,18 +62,13 @@ them, and which timer should have ended them.
 		SilenceUsage:  true,
 	}
 	root.AddCommand(traceCommand(e), listCommand(e), demoCommand(e), versionCommand(e))
-	root.InitDefaultCompletionCmd(args...)
+	root.InitDefaultCompletionCmd()
 	root.InitDefaultHelpCmd()
 	insist(root)
 	root.SetFlagErrorFunc(flagError)
-	root.SetArgs(args)
 	root.SetOut(e.stdout)
 	root.SetErr(e.stderr)
-	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(e.stderr, "fintrace:", err)
-		return 1
-	}
-	return 0
+	return root
 }
 
 // insist makes the commands that only have commands refuse any other word, and
