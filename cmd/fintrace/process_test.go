@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -50,7 +51,12 @@ func start(t *testing.T, name string, args ...string) *process {
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { p.Process.Kill() })
+	// Whatever the test waits for, it does not wait for ever.
+	watchdog := time.AfterFunc(time.Minute, func() { p.Process.Kill() })
+	t.Cleanup(func() {
+		watchdog.Stop()
+		p.Process.Kill()
+	})
 	return p
 }
 
