@@ -89,7 +89,7 @@ func insist(cmd *cobra.Command) {
 			}
 			return about.Help()
 		}
-	case cmd.HasSubCommands():
+	case cmd.HasSubCommands() && !cmd.Runnable():
 		cmd.Args = cobra.ArbitraryArgs
 		cmd.DisableFlagsInUseLine = true
 		cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -104,7 +104,9 @@ func insist(cmd *cobra.Command) {
 func unknownCommand(parent *cobra.Command, word string) error {
 	var names []string
 	for _, c := range parent.Commands() {
-		names = append(names, c.Name())
+		if !c.Hidden {
+			names = append(names, c.Name())
+		}
 	}
 	if len(names) == 0 {
 		return fmt.Errorf("%s has no command %q", parent.CommandPath(), word)

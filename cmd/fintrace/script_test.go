@@ -215,7 +215,9 @@ func TestCommands(t *testing.T) {
 			}
 		})
 		for _, c := range cmd.Commands() {
-			walk(c)
+			if !c.Hidden {
+				walk(c)
+			}
 		}
 	}
 	walk(commands(env{stdout: io.Discard, stderr: io.Discard}))
