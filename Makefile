@@ -2,7 +2,6 @@
 # `make` with no target says what there is.
 
 export CGO_ENABLED = 0
-CLANG_FORMAT = clang-format-19
 # Root runs things as it is; others by sudo.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
@@ -25,6 +24,10 @@ list: build ## build and run `fintrace list`
 
 generate: ## rebuild the BPF objects and their bindings (needs clang-19)
 	go generate ./...
+
+test: ## check formats, licences and generated files, and run all tests
+	@.ci/check
+	go test ./...
 
 bench: build ## speed beside today's tools, as ratios, into BENCHMARKS.md (some minutes)
 	go build -trimpath -o dist/bench ./internal/bench

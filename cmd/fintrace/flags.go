@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -82,7 +83,7 @@ func filterFlags(cmd *cobra.Command, minDuration time.Duration) *track.Filter {
 		f.Stage, err = events.ParseStage(s)
 		return err
 	})
-	cmd.Flags().DurationVar(&f.MinDuration, "min-duration", minDuration, "only connections in FIN_WAIT2 for at least this long")
+	durationFlag(cmd, &f.MinDuration, "min-duration", minDuration, "only connections in FIN_WAIT2 for at least this long")
 	return f
 }
 
@@ -106,11 +107,57 @@ func parseNetns(s string) (uint32, error) {
 	if !strings.Contains(s, "/") {
 		path = "/run/netns/" + s
 	}
+	inode, err := netnsInode(path)
+	if err != nil {
+		return 0, fmt.Errorf("a network namespace is a name in /run/netns, an inode number or a file such as /proc/PID/ns/net, not %q: %w", s, err)
+	}
+	return inode, nil
+}
+
+func netnsInode(path string) (uint32, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	if kind, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE); err != nil || kind != unix.CLONE_NEWNET {
+		return 0, errors.New("no such namespace")
+	}
 	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return 0, fmt.Errorf("no network namespace %q: %w", s, &os.PathError{Op: "stat", Path: path, Err: err})
+	if err := unix.Fstat(fd, &st); err != nil {
+		return 0, err
 	}
 	return uint32(st.Ino), nil
+}
+
+// durationFlag adds a flag for a duration that is not negative.
+func durationFlag(cmd *cobra.Command, d *time.Duration, name string, initial time.Duration, usage string) {
+	*d = initial
+	value := &parsed{kind: "duration", parse: func(s string) error {
+		n, err := time.ParseDuration(s)
+		if err != nil || n < 0 {
+			return fmt.Errorf("a duration is a number and its unit, such as 500ms, 30s or 1h30m, not %q", s)
+		}
+		*d = n
+		return nil
+	}}
+	if initial != 0 {
+		value.text = []string{initial.String()}
+	}
+	cmd.Flags().Var(value, name, usage)
+}
+
+// ringFlag adds a flag for the size of a ring buffer, which the kernel has rules for.
+func ringFlag(cmd *cobra.Command, bytes *int, name, usage string) {
+	least, most := os.Getpagesize(), 1<<30
+	cmd.Flags().Var(&parsed{kind: "bytes", parse: func(s string) error {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < least || n > most || n&(n-1) != 0 {
+			return fmt.Errorf("a buffer is a power of two from %d to %d bytes, not %q", least, most, s)
+		}
+		*bytes = n
+		return nil
+	}}, name, usage)
 }
 
 // outputFlag adds -o and returns whether it is JSON.
@@ -128,7 +175,7 @@ func outputFlag(cmd *cobra.Command) *bool {
 
 // limitFlag adds --limit.
 func limitFlag(cmd *cobra.Command, held *time.Duration) {
-	cmd.Flags().DurationVar(held, "limit", 0, "how long a held connection may stay (default: tcp_fin_timeout of its namespace)")
+	durationFlag(cmd, held, "limit", 0, "how long a held connection may stay (default: tcp_fin_timeout of its namespace)")
 }
 
 // names looks up what the kernel has numbers for; namespaces that come later

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
@@ -37,12 +38,19 @@ func TestMain(m *testing.M) {
 		}
 		select {}
 	}
+	testscript.Main(tests{m}, map[string]func(){"fintrace": main, "unprivileged": unprivileged})
+}
+
+// tests are what runs where the test binary is not run as a command.
+type tests struct{ *testing.M }
+
+func (m tests) Run() int {
 	flag.Parse()
 	// Kernel tests wait for timers of the kernel, not for the processor.
 	if err := flag.Set("test.parallel", "64"); err != nil {
 		panic(err)
 	}
-	os.Exit(m.Run())
+	return m.M.Run()
 }
 
 // A recorder runs the loop for real and keeps what it says.

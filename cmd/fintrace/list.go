@@ -25,7 +25,7 @@ func listCommand(e env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "Show the connections in FIN_WAIT2 now, the oldest first",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 	}
 	filter := filterFlags(cmd, 0)
 	asJSON := outputFlag(cmd)

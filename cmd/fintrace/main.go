@@ -6,13 +6,17 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/fintrace/fintrace/internal/report"
@@ -34,6 +38,17 @@ func main() {
 
 // run runs one command line and returns its exit code.
 func run(ctx context.Context, e env, args []string) int {
+	root := commands(e)
+	root.SetArgs(args)
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(e.stderr, "fintrace:", err)
+		return 1
+	}
+	return 0
+}
+
+// commands is the root of all commands.
+func commands(e env) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "fintrace",
 		Short: "See which TCP connections sit in FIN_WAIT2, since when, and why",
@@ -43,19 +58,106 @@ them, and which timer should have ended them.
   fintrace list     what is there now, the oldest first
   fintrace trace    watch them come, pass their limit, and go
   fintrace demo     a pile-up of its own, to see it all work`,
-		Args:          cobra.NoArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
 	root.AddCommand(traceCommand(e), listCommand(e), demoCommand(e), versionCommand(e))
-	root.SetArgs(args)
+	root.InitDefaultCompletionCmd()
+	root.InitDefaultHelpCmd()
+	insist(root)
+	root.SetFlagErrorFunc(flagError)
 	root.SetOut(e.stdout)
 	root.SetErr(e.stderr)
-	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(e.stderr, "fintrace:", err)
-		return 1
+	return root
+}
+
+// insist makes the commands that only have commands refuse any other word, and
+// help one that it does not know; cobra takes both for a success.
+func insist(cmd *cobra.Command) {
+	for _, c := range cmd.Commands() {
+		insist(c)
 	}
-	return 0
+	switch {
+	case cmd.Name() == "help":
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			about, rest, err := cmd.Root().Find(args)
+			if err != nil {
+				return err
+			}
+			if len(rest) > 0 {
+				return unknownCommand(about, rest[0])
+			}
+			return about.Help()
+		}
+	case cmd.HasSubCommands() && !cmd.Runnable():
+		cmd.Args = cobra.ArbitraryArgs
+		cmd.DisableFlagsInUseLine = true
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return unknownCommand(cmd, args[0])
+			}
+			return cmd.Help()
+		}
+	}
+}
+
+func unknownCommand(parent *cobra.Command, word string) error {
+	var names []string
+	for _, c := range parent.Commands() {
+		if !c.Hidden {
+			names = append(names, c.Name())
+		}
+	}
+	if len(names) == 0 {
+		return fmt.Errorf("%s has no command %q", parent.CommandPath(), word)
+	}
+	return fmt.Errorf("the commands of %s are %s, not %q", parent.CommandPath(), strings.Join(names, ", "), word)
+}
+
+// noArguments refuses what is left of the command line after the flags.
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%s takes flags only, not %q", cmd.CommandPath(), args[0])
+	}
+	return nil
+}
+
+// flagError leads with the flag; what a value has to be, its parser says.
+func flagError(cmd *cobra.Command, err error) error {
+	var (
+		invalid *pflag.InvalidValueError
+		unknown *pflag.NotExistError
+		bare    *pflag.ValueRequiredError
+	)
+	switch {
+	case errors.As(err, &invalid):
+		return fmt.Errorf("--%s: %w", invalid.GetFlag().Name, invalid.Unwrap())
+	case errors.As(err, &bare):
+		return fmt.Errorf("--%s needs a value: %s", bare.GetFlag().Name, bare.GetFlag().Value.Type())
+	case errors.As(err, &unknown):
+		return fmt.Errorf("%w; %s --help lists the flags", err, cmd.CommandPath())
+	}
+	return err
+}
+
+// whenUnread calls stop once nobody reads stdout any more. A trace of a quiet
+// host would otherwise outlive the `head` that it was piped to, because a write
+// is what ends a program then.
+func (e env) whenUnread(stop func()) {
+	f, ok := e.stdout.(*os.File)
+	if !ok {
+		return
+	}
+	go func() {
+		// Asked for nothing, poll(2) tells of errors and hang-ups.
+		fds := []unix.PollFd{{Fd: int32(f.Fd())}}
+		for {
+			if _, err := unix.Poll(fds, -1); !errors.Is(err, unix.EINTR) {
+				stop()
+				return
+			}
+		}
+	}()
 }
 
 // style is how text goes to stdout: a terminal gets colour, unless NO_COLOR

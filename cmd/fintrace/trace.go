@@ -31,14 +31,14 @@ func traceCommand(e env) *cobra.Command {
 stage, and when it leaves FIN_WAIT2; and a summary at the end (Ctrl-C).
 Connections that have been in FIN_WAIT2 for less than --min-duration are counted
 but not printed; with --min-duration 0 each is printed from its entry on.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 	}
 	t.filter = filterFlags(cmd, time.Second)
 	asJSON := outputFlag(cmd)
 	limitFlag(cmd, &t.rules.Held)
 	cmd.Flags().BoolVar(&t.allStates, "all-states", false, "print every TCP transition, with the time in the state before")
-	cmd.Flags().DurationVar(&duration, "duration", 0, "stop after this long (default: at Ctrl-C)")
-	cmd.Flags().IntVar(&t.ringBytes, "ring-bytes", 0, "size of the buffer for records, a power of two (default 8 MiB)")
+	durationFlag(cmd, &duration, "duration", 0, "stop after this long (default: at Ctrl-C)")
+	ringFlag(cmd, &t.ringBytes, "ring-bytes", "size of the buffer for records, a power of two (default 8 MiB)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if t.allStates && !cmd.Flags().Changed("min-duration") {
 			t.filter.MinDuration = 0
@@ -86,6 +86,7 @@ const statesKept = 1 << 20
 func (t *tracing) run(ctx context.Context) (err error) {
 	ctx, t.cancel = context.WithCancel(ctx)
 	defer t.cancel()
+	t.env.whenUnread(t.cancel)
 	p, err := probe.Open(probe.Options{
 		AllStates: t.allStates,
 		Instants:  t.filter.MinDuration == 0,

@@ -75,6 +75,14 @@ func (l Limit) Source() string {
 	return finTimeout + " " + human(l.value)
 }
 
+// String is the Source, and the duration where that is not the setting's own value.
+func (l Limit) String() string {
+	if l.Duration == l.value {
+		return l.Source()
+	}
+	return human(l.Duration) + " by " + l.Source()
+}
+
 // For is the limit of a connection in a stage.
 func (r Rules) For(stage events.Stage, t events.Timers) Limit {
 	if stage != events.Held {

@@ -8,6 +8,7 @@ package probe
 import (
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -50,6 +51,9 @@ type Counters struct {
 // Open loads the programs. Attach starts the records; Snapshot works without.
 // An error is one line that says what is missing and how to get it.
 func Open(opts Options) (_ *Probe, err error) {
+	if _, err := os.Stat("/proc/self/mountinfo"); err != nil {
+		return nil, fmt.Errorf("/proc has to be mounted, for the network namespaces and processes in it: %w", err)
+	}
 	clock, err := newClock()
 	if err != nil {
 		return nil, err
@@ -57,7 +61,7 @@ func Open(opts Options) (_ *Probe, err error) {
 	p := &Probe{clock: clock}
 	defer func() {
 		if err != nil {
-			err = errors.Join(explain(err), p.Close())
+			err = errors.Join(thisHost().explain(err), p.Close())
 		}
 	}()
 
@@ -90,12 +94,12 @@ func Open(opts Options) (_ *Probe, err error) {
 func (p *Probe) Attach() error {
 	ring, err := newRing(p.objects.Ring)
 	if err != nil {
-		return explain(fmt.Errorf("map the ring buffer: %w", err))
+		return thisHost().explain(fmt.Errorf("map the ring buffer: %w", err))
 	}
 	p.ring = ring
 	p.attached, err = link.AttachTracing(link.TracingOptions{Program: p.objects.OnSetState})
 	if err != nil {
-		return explain(fmt.Errorf("attach to inet_sock_set_state: %w", err))
+		return thisHost().explain(fmt.Errorf("attach to inet_sock_set_state: %w", err))
 	}
 	return nil
 }
@@ -168,27 +172,64 @@ func Wall(t events.Time) time.Time {
 	return time.Now().Add(t.Sub(Now())).Round(0)
 }
 
-// explain puts the way out before the errors that a user can do something about.
-func explain(err error) error {
+// A hint says what to do about an error, in place of the error's own text.
+type hint struct {
+	text string
+	error
+}
+
+func (h hint) Error() string { return h.text }
+func (h hint) Unwrap() error { return h.error }
+
+// A host is what decides whether the BPF programs can be used at all.
+type host struct {
+	root    bool
+	btf     bool   // the kernel shows its types
+	release string // of the kernel
+}
+
+func thisHost() host {
+	h := host{root: os.Geteuid() == 0, release: "of unknown release"}
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err == nil {
+		h.btf = true
+	}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		h.release = unix.ByteSliceToString(u.Release[:])
+	}
+	return h
+}
+
+// explain turns the errors that a user can do something about into what to do.
+func (h host) explain(err error) error {
+	var rejected *ebpf.VerifierError
 	switch {
+	case h.tooOld():
+		return hint{fmt.Sprintf("this kernel (%s) is too old: fintrace needs Linux %d.%d or later", h.release, oldest[0], oldest[1]), err}
+	case errors.As(err, &rejected):
+		return err
+	case (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)) && !h.root:
+		return hint{"no permission to use BPF: run it as root, for example with sudo", err}
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		var rejected *ebpf.VerifierError
-		if errors.As(err, &rejected) {
-			return err
-		}
-		return fmt.Errorf("no permission to use BPF: run as root, for example with sudo (%w)", err)
+		return hint{"no permission to use BPF although this is root: a container has to be privileged (--privileged --pid=host)", err}
+	case errors.Is(err, ebpf.ErrNotSupported) && !h.btf:
+		return hint{fmt.Sprintf("this kernel (%s) does not show its types in /sys/kernel/btf/vmlinux: fintrace needs one built with CONFIG_DEBUG_INFO_BTF=y", h.release), err}
 	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("this kernel (%s) lacks what fintrace needs: Linux 5.12 or later with CONFIG_DEBUG_INFO_BTF=y (%w)", release(), err)
+		return fmt.Errorf("this kernel (%s) lacks something that fintrace needs: %w", h.release, err)
 	}
 	return err
 }
 
-func release() string {
-	var u unix.Utsname
-	if unix.Uname(&u) != nil {
-		return "of unknown release"
+// oldest is the first release that gives tracing programs the socket cookie.
+var oldest = [2]int{5, 12}
+
+// tooOld is false for a release that does not look like one.
+func (h host) tooOld() bool {
+	var major, minor int
+	if n, _ := fmt.Sscanf(h.release, "%d.%d", &major, &minor); n != 2 {
+		return false
 	}
-	return unix.ByteSliceToString(u.Release[:])
+	return major < oldest[0] || major == oldest[0] && minor < oldest[1]
 }
 
 func flag(b bool) uint8 {

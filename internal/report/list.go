@@ -34,7 +34,7 @@ func List(w io.Writer, conns []track.Conn, style Style) error {
 	rows := make([][]string, len(conns))
 	for i := range conns {
 		c := &conns[i]
-		limit := c.Limit.Source()
+		limit := c.Limit.String()
 		if c.Overdue {
 			limit = "PAST " + limit
 		}
@@ -122,8 +122,8 @@ func Groups(w io.Writer, keys []string, groups []Group, style Style) error {
 	for _, k := range keys {
 		columns = append(columns, column{title: strings.ToUpper(k)})
 	}
-	columns = append(columns, column{title: "COUNT", right: true}, column{title: "OVERDUE", right: true},
-		column{title: "OLDEST", right: true})
+	columns = append(columns, column{title: "COUNT", right: true}, column{title: "OVERDUE", right: true, drop: 2},
+		column{title: "OLDEST", right: true, drop: 1})
 	rows := make([][]string, len(groups))
 	for i, g := range groups {
 		oldest := Duration(g.Oldest)

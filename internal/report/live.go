@@ -5,7 +5,9 @@ package report
 import (
 	"fmt"
 	"io"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/track"
@@ -34,19 +36,25 @@ type Live struct {
 
 // NewLive prints to w.
 func NewLive(w io.Writer, style Style, names *Names) *Live {
-	return &Live{w: w, style: style, names: names, columns: fit([]column{
-		{title: "TIME", width: 8, drop: 3},
+	columns := fit([]column{
+		{title: "TIME", width: 8, drop: 4},
 		{title: "EVENT", width: 9},
 		{title: "AGE", width: 7, right: true},
-		{title: "STAGE", width: 8, drop: 5},
-		{title: "LOCAL", width: 21, drop: 7},
+		{title: "STAGE", width: 8, drop: 3},
 		{title: "PORT", width: 5, right: true},
+		{title: "LOCAL", width: 21, drop: 6},
 		{title: "PEER", width: 21},
-		{title: "SIDE", width: 8, drop: 6},
-		{title: "PROCESS", width: 18, drop: 4},
-		{title: "WHY", width: 36, drop: 1},
-	}, style.Width)}
+		{title: "SIDE", width: 8, drop: 5},
+		{title: "PROCESS", width: 18, drop: 2},
+		{title: "WHY", width: 33, drop: 1},
+	}, style.Width)
+	if columns[localColumn].drop != dropped {
+		columns[portColumn].drop = dropped // It is in LOCAL.
+	}
+	return &Live{w: w, style: style, names: names, columns: columns}
 }
+
+const portColumn, localColumn = 4, 5
 
 // Header prints the names of the columns.
 func (l *Live) Header() error {
@@ -57,18 +65,19 @@ func (l *Live) Header() error {
 // Notice prints one notice.
 func (l *Live) Notice(n *track.Notice) error {
 	c := &n.Conn
-	text := line(l.columns, []string{
+	cells := []string{
 		l.names.Wall(n.Time).Format(time.TimeOnly),
 		n.Kind.String(),
 		age(c),
 		c.Stage.String(),
+		fmt.Sprint(c.ServicePort()),
 		c.Flow.Local.String(),
-		fmt.Sprint(c.Flow.Local.Port),
 		c.Flow.Remote.String(),
 		c.Side.String(),
 		processName(c.Process),
 		why(n),
-	})
+	}
+	text := l.shorten(line(l.columns, cells), cells[len(cells)-1])
 	switch {
 	case n.Kind == track.Overdue:
 		text = l.style.paint("31", text)
@@ -79,21 +88,30 @@ func (l *Live) Notice(n *track.Notice) error {
 	return err
 }
 
+// shorten makes a line fit the terminal if that takes a part of its last cell
+// only: it is better that an address wraps than that it is cut.
+func (l *Live) shorten(text, last string) string {
+	over := utf8.RuneCountInString(text) - l.style.Width
+	if l.style.Width == 0 || over <= 0 || over >= utf8.RuneCountInString(last) || !strings.HasSuffix(text, last) {
+		return text
+	}
+	return string([]rune(text)[:l.style.Width-1]) + "…"
+}
+
 // why is the sentence at the end of a line: what happened, in the terms of the kind.
 func why(n *track.Notice) string {
 	c := &n.Conn
-	limit := fmt.Sprintf("limit %s, %s", Duration(c.Limit.Duration), c.Limit.Source())
 	switch n.Kind {
 	case track.Overdue:
-		return "past its " + limit
+		return "past " + c.Limit.String()
 	case track.Closed:
 		return c.End.String() + stages(c)
 	case track.Moved:
 		if c.ClosedBy == events.ByClose {
-			return "closed, " + limit
+			return "closed, " + c.Limit.String()
 		}
 	}
-	return limit
+	return "limit " + c.Limit.String()
 }
 
 // stages says how the time was spent, where that was in more than one stage.

@@ -392,7 +392,7 @@ func TestSummaryIsBounded(t *testing.T) {
 			t.Fatalf("%d peers are kept", len(s.peers))
 		}
 	}
-	if s.peers[worst.Flow.Remote.IP().String()] == nil {
+	if s.peers[worst.Flow.Remote.IP()] == nil {
 		t.Error("the worst peer was dropped")
 	}
 }

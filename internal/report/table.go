@@ -3,12 +3,15 @@
 package report
 
 import (
+	"cmp"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
 
 // column is one column of a table. Where the terminal is too narrow, the
-// columns with the highest drop go first; those with 0 stay.
+// columns with the lowest drop are the first to be given room; those with 0 are
+// there in any case.
 type column struct {
 	title string
 	width int // at least
@@ -16,52 +19,36 @@ type column struct {
 	drop  int
 }
 
+const dropped = -1
+
 // fit says which columns are shown when width cells are there; 0 is no limit.
 func fit(columns []column, width int) []column {
-	total := func() int {
-		n := 0
-		for _, c := range columns {
-			if c.drop >= 0 {
-				n += c.width + 2
-			}
-		}
-		return n - 2
+	columns = slices.Clone(columns)
+	if width == 0 {
+		return columns
 	}
-	const dropped = -1
-	all := columns
-	columns = append([]column(nil), columns...)
-	for width > 0 && total() > width {
-		last := 0
-		for i, c := range columns {
-			if c.drop > columns[last].drop {
-				last = i
-			}
-		}
-		if columns[last].drop <= 0 {
-			break
-		}
-		columns[last].drop = dropped
+	order := make([]*column, len(columns))
+	for i := range columns {
+		order[i] = &columns[i]
 	}
-	// A wide one that went last may have made room for others that went before.
-	for {
-		best := -1
-		for i, c := range columns {
-			if c.drop < 0 && total()+2+c.width <= width && (best < 0 || all[i].drop < all[best].drop) {
-				best = i
-			}
+	slices.SortStableFunc(order, func(a, b *column) int { return cmp.Compare(a.drop, b.drop) })
+	const gap = 2
+	room := width + gap
+	for _, c := range order {
+		if c.drop > 0 && room < c.width+gap {
+			c.drop = dropped
+			continue
 		}
-		if best < 0 {
-			return columns
-		}
-		columns[best].drop = all[best].drop
+		room -= c.width + gap
 	}
+	return columns
 }
 
 // line lays out one row in columns that fit has chosen.
 func line(columns []column, cells []string) string {
 	var b strings.Builder
 	for i, c := range columns {
-		if c.drop < 0 {
+		if c.drop == dropped {
 			continue
 		}
 		if b.Len() > 0 {
