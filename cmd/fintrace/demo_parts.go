@@ -191,8 +191,15 @@ func (d *demo) runClients(ctx context.Context) error {
 	}
 	start("proxy", toProxy...)
 	start("backend", toBackend)
-	parts.Go(func() { end(trickle(acting)) })
-	end((&script{demo: d, ctx: acting, began: time.Now()}).play())
+	act := func(err error) {
+		if err != nil {
+			// If that is because a part has died, its end says more.
+			_ = wait(acting, time.Second)
+		}
+		end(err)
+	}
+	parts.Go(func() { act(trickle(acting)) })
+	act((&script{demo: d, ctx: acting, began: time.Now()}).play())
 	parts.Wait()
 	if cause := context.Cause(acting); !errors.Is(cause, context.Canceled) {
 		return cause
