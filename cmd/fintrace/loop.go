@@ -7,6 +7,8 @@ import (
 	"errors"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/probe"
 	"github.com/fintrace/fintrace/internal/track"
@@ -38,6 +40,7 @@ type watch struct {
 	losses   uint64      // lost and missed records as of the last snapshot
 	began    events.Time // the last snapshot
 	ended    events.Time
+	cost     time.Duration // of the last snapshot, of one processor
 
 	namespaces int // that the last snapshot covered
 }
@@ -147,16 +150,16 @@ func (w *watch) due(now events.Time) bool {
 }
 
 // nextSnapshot is as soon as it is needed, but so that snapshots take a bounded
-// share of the time: a hundredth where something is in doubt, a thousandth to
-// see minisocks end, which no event shows.
+// share of a processor: a hundredth where something is in doubt, a thousandth to
+// see minisocks end, which no event shows. On a busy host a snapshot lasts many
+// times what it costs: by the clock they would stop when they are needed most.
 func (w *watch) nextSnapshot() events.Time {
-	cost := w.ended.Sub(w.began)
 	wait := reconcileEvery
 	switch {
 	case w.counters.Lost+w.counters.Missed > w.losses, w.tracker.WantsSnapshot():
-		wait = min(wait, max(time.Second, 100*cost))
+		wait = min(wait, max(time.Second, 100*w.cost))
 	case w.tracker.Count(events.Minisock) > 0:
-		wait = min(wait, max(2*time.Second, 1000*cost))
+		wait = min(wait, max(2*time.Second, 1000*w.cost))
 	}
 	return w.ended.Add(wait)
 }
@@ -184,7 +187,7 @@ func (w *watch) reconcile(owners map[uint64]events.Process) error {
 		return err
 	}
 	losses := w.counters.Lost + w.counters.Missed
-	began := probe.Now()
+	began, spent := probe.Now(), processorTime()
 	since := began.Sub(w.began) + time.Second
 	unowned := map[uint64]uint64{} // cookies by inode
 	var drained error
@@ -221,8 +224,17 @@ func (w *watch) reconcile(owners map[uint64]events.Process) error {
 		state, _, err := lookup.Find(netns, f)
 		return state != 0 || err != nil
 	}))
+	w.cost = processorTime() - spent
 	w.began, w.ended, w.losses, w.namespaces = began, probe.Now(), losses, len(cov.Netns)
 	return nil
+}
+
+// processorTime is what this process has had so far.
+func processorTime() time.Duration {
+	var used unix.Rusage
+	// Cannot fail: it is for this process, into memory of its own.
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &used)
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
 func (w *watch) findOwners(unowned map[uint64]uint64) {
