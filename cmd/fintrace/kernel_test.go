@@ -36,7 +36,9 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
-		select {}
+		for { // A signal ends it.
+			unix.Pause()
+		}
 	}
 	testscript.Main(tests{m}, map[string]func(){"fintrace": main, "unprivileged": unprivileged})
 }
@@ -60,8 +62,12 @@ type recorder struct {
 
 	mu      sync.Mutex
 	news    *sync.Cond
-	notices []track.Notice
+	notices []track.Notice    // the last notices, noticesKept of them or more
+	opened  map[uint32]uint64 // by namespace
 }
+
+// noticesKept bounds what a churn leaves behind.
+const noticesKept = 100_000
 
 // record starts the loop; it ends with the test.
 func record(t *testing.T, opts probe.Options, rules limits.Rules) *recorder {
@@ -70,14 +76,20 @@ func record(t *testing.T, opts probe.Options, rules limits.Rules) *recorder {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &recorder{}
+	r := &recorder{opened: map[uint32]uint64{}}
 	r.news = sync.NewCond(&r.mu)
 	r.watch = &watch{
 		probe:   p,
 		tracker: track.New(rules, track.DefaultCapacity),
 		notify: func(n *track.Notice) {
 			r.mu.Lock()
+			if len(r.notices) >= 2*noticesKept {
+				r.notices = append(r.notices[:0], r.notices[noticesKept:]...)
+			}
 			r.notices = append(r.notices, *n)
+			if n.Kind == track.Opened {
+				r.opened[n.Conn.Netns]++
+			}
 			r.news.Broadcast()
 			r.mu.Unlock()
 		},

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -16,8 +15,8 @@ import (
 
 // A Lookup asks for single sockets by sock_diag(7). Close it after a series.
 type Lookup struct {
-	paths map[uint32]string
-	conns map[uint32]*netlink.Conn
+	spaces namespaces
+	conns  map[uint32]*netlink.Conn
 }
 
 // Close ends the series.
@@ -85,25 +84,21 @@ func (l *Lookup) dial(netns uint32) (*netlink.Conn, error) {
 	if c := l.conns[netns]; c != nil {
 		return c, nil
 	}
-	if l.paths == nil {
+	if l.conns == nil {
 		var err error
-		if l.paths, err = Namespaces(); err != nil {
+		if l.spaces, err = findNamespaces(); err != nil {
 			return nil, err
 		}
 		l.conns = map[uint32]*netlink.Conn{}
 	}
-	path, ok := l.paths[netns]
-	if !ok {
-		return nil, os.ErrNotExist
+	there, err := l.spaces.open(netns)
+	if err != nil {
+		return nil, err
 	}
 	var config netlink.Config
-	if path != "" {
-		ns, err := os.Open(path)
-		if err != nil {
-			return nil, err
-		}
-		defer ns.Close()
-		config.NetNS = int(ns.Fd())
+	if there != nil {
+		defer there.Close()
+		config.NetNS = int(there.Fd())
 	}
 	c, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, &config)
 	if err != nil {

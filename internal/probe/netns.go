@@ -18,17 +18,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Namespaces finds the network namespaces of the host: those that processes
-// are in and those that are mounted (as `ip netns` and container runtimes do).
-// It maps each one's inode to a file that enters it.
-func Namespaces() (map[uint32]string, error) {
-	found, err := mountedNamespaces()
+// namespaces are the network namespaces of the host, by inode.
+type namespaces struct {
+	own   uint32
+	paths map[uint32][]string // files that enter it
+}
+
+// pathsKept is how many processes of a namespace are remembered as ways in: one
+// may be gone before it is used.
+const pathsKept = 8
+
+// findNamespaces finds those that processes are in and those that are mounted
+// (as `ip netns` and container runtimes do).
+func findNamespaces() (namespaces, error) {
+	found := namespaces{paths: map[uint32][]string{}}
+	mounted, err := mountedNamespaces()
 	if err != nil {
-		return nil, err
+		return found, err
+	}
+	for inode, path := range mounted {
+		found.paths[inode] = []string{path}
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		return nil, fmt.Errorf("list processes: %w", err)
+		return found, fmt.Errorf("list processes: %w", err)
 	}
 	for _, e := range entries {
 		if name := e.Name(); name[0] < '0' || name[0] > '9' {
@@ -39,29 +52,43 @@ func Namespaces() (map[uint32]string, error) {
 		if err != nil {
 			continue // The process is gone, or a zombie, or not ours to see.
 		}
-		if inode, ok := parseNamespace(target); ok && found[inode] == "" {
-			found[inode] = path
+		if inode, ok := parseNamespace(target); ok && len(found.paths[inode]) < pathsKept {
+			found.paths[inode] = append(found.paths[inode], path)
 		}
 	}
-	// The own one comes last: it needs no entering, whoever else is in it.
-	own, err := ownNamespace()
+	const own = "/proc/thread-self/ns/net"
+	target, err := os.Readlink(own)
 	if err != nil {
-		return nil, err
-	}
-	found[own] = ""
-	return found, nil
-}
-
-func ownNamespace() (uint32, error) {
-	target, err := os.Readlink("/proc/self/ns/net")
-	if err != nil {
-		return 0, fmt.Errorf("read the own network namespace: %w", err)
+		return found, fmt.Errorf("read the own network namespace: %w", err)
 	}
 	inode, ok := parseNamespace(target)
 	if !ok {
-		return 0, fmt.Errorf("/proc/self/ns/net is %q, not net:[inode]", target)
+		return found, fmt.Errorf("%s is %q, not net:[inode]", own, target)
 	}
-	return inode, nil
+	found.own, found.paths[inode] = inode, nil
+	return found, nil
+}
+
+// open opens a file that enters a namespace; nil for the own one, which needs
+// no entering. A process that was in it may have gone elsewhere since.
+func (n namespaces) open(inode uint32) (*os.File, error) {
+	if inode == n.own {
+		return nil, nil
+	}
+	err := fs.ErrNotExist
+	for _, path := range n.paths[inode] {
+		f, e := os.Open(path)
+		if e != nil {
+			err = e
+			continue
+		}
+		var st unix.Stat_t
+		if unix.Fstat(int(f.Fd()), &st) == nil && uint32(st.Ino) == inode {
+			return f, nil
+		}
+		f.Close()
+	}
+	return nil, err
 }
 
 // NamespaceNames maps the inodes of mounted network namespaces to their names.
@@ -119,10 +146,10 @@ func parseNamespace(s string) (uint32, bool) {
 	return uint32(inode), err == nil
 }
 
-// inNamespace runs fn on a thread in the network namespace that path names; ""
-// is the caller's own.
-func inNamespace(path string, fn func() error) error {
-	if path == "" {
+// inNamespace runs fn on a thread in the network namespace that a file is of;
+// nil is the caller's own.
+func inNamespace(there *os.File, fn func() error) error {
+	if there == nil {
 		return fn()
 	}
 	result := make(chan error, 1)
@@ -134,20 +161,14 @@ func inNamespace(path string, fn func() error) error {
 			return
 		}
 		defer back.Close()
-		there, err := os.Open(path)
-		if err != nil {
-			result <- err
-			return
-		}
-		defer there.Close()
 		if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
-			result <- fmt.Errorf("enter %s: %w", path, err)
+			result <- fmt.Errorf("enter it: %w", err)
 			return
 		}
 		err = fn()
 		if back := unix.Setns(int(back.Fd()), unix.CLONE_NEWNET); back != nil {
 			// Left locked, the thread ends with this goroutine.
-			result <- errors.Join(err, fmt.Errorf("leave %s: %w", path, back))
+			result <- errors.Join(err, fmt.Errorf("leave it: %w", back))
 			return
 		}
 		runtime.UnlockOSThread()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -38,6 +39,10 @@ const (
 	busyBit      = 1 << 31
 	discardBit   = 1 << 30
 )
+
+// busyTries is how often a record is looked at that is being written on another
+// CPU: it takes that less than a microsecond.
+const busyTries = 1000
 
 func newRing(m *ebpf.Map) (_ *ring, err error) {
 	fd, err := unix.FcntlInt(uintptr(m.FD()), unix.F_DUPFD_CLOEXEC, 0)
@@ -105,10 +110,15 @@ func (r *ring) drain(fn func([]byte) error) (err error) {
 		}
 		for read < written {
 			start := read & r.mask
-			length := (*atomic.Uint32)(unsafe.Pointer(&r.data[start])).Load()
+			header := (*atomic.Uint32)(unsafe.Pointer(&r.data[start]))
+			length := header.Load()
+			for tries := 0; length&busyBit != 0 && tries < busyTries; tries++ {
+				runtime.Gosched()
+				length = header.Load()
+			}
 			if length&busyBit != 0 {
-				// Still being written on another CPU, which will wake us:
-				// the position below says that we wait for this very record.
+				// Its writer has lost its CPU, and will wake us: the position
+				// below says that we wait for this very record.
 				r.read.Store(read)
 				return err
 			}

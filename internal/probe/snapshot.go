@@ -31,13 +31,13 @@ func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.
 	if err := p.objects.TimeWaitMaxAge.Set(uint32(min(since.Milliseconds(), 120_000))); err != nil {
 		return cov, fmt.Errorf("set the age of minisocks to show: %w", err)
 	}
-	namespaces, err := Namespaces()
+	spaces, err := findNamespaces()
 	if err != nil {
 		return cov, err
 	}
 	buf := rowBuffer{bytes: make([]byte, rowsPerRead*rowSize), sockets: make([]events.Socket, 0, rowsPerRead)}
-	for inode, path := range namespaces {
-		counters, err := p.walk(path, &buf, fn)
+	for inode := range spaces.paths {
+		counters, err := p.walk(spaces, inode, &buf, fn)
 		if err != nil {
 			if !gone(err) {
 				cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
@@ -59,13 +59,17 @@ type rowBuffer struct {
 	sockets []events.Socket
 }
 
-func (p *Probe) walk(path string, buf *rowBuffer, fn func([]events.Socket)) (events.NetnsCounters, error) {
+func (p *Probe) walk(spaces namespaces, inode uint32, buf *rowBuffer, fn func([]events.Socket)) (events.NetnsCounters, error) {
 	var (
 		counters events.NetnsCounters
 		iter     io.ReadCloser
 	)
+	there, err := spaces.open(inode)
+	if err != nil {
+		return counters, err
+	}
 	// The iterator keeps to the namespace it was opened in.
-	err := inNamespace(path, func() (err error) {
+	err = inNamespace(there, func() (err error) {
 		counters.TimeWaitOverflow, err = readProc("/proc/thread-self/net/netstat", timeWaitOverflow)
 		if err != nil {
 			return err
@@ -78,6 +82,9 @@ func (p *Probe) walk(path string, buf *rowBuffer, fn func([]events.Socket)) (eve
 		iter, err = p.walker.Open()
 		return err
 	})
+	if there != nil {
+		there.Close() // It would keep the namespace.
+	}
 	if err != nil || iter == nil {
 		return counters, err
 	}

@@ -27,8 +27,6 @@ type conn struct {
 	finTimeout, rto uint32 // ms
 	linger2         int32  // ms
 
-	pass uint32 // the snapshot that saw it last
-
 	// The place in the wheel.
 	due         events.Time
 	next, prev  index

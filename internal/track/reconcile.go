@@ -83,7 +83,6 @@ func (c *conn) closing() bool { return c.stage == events.Held && c.closedBy == e
 // refresh brings a connection up to date with what a snapshot shows of it.
 func (t *Tracker) refresh(i index, s *events.Socket) {
 	c := t.slab.at(i)
-	c.pass = t.pass
 	if s.Time <= c.alive {
 		return // Read before the last event.
 	}
@@ -150,7 +149,6 @@ func (t *Tracker) seed(s *events.Socket) {
 	t.setStage(c, s.Stage)
 	c.side = t.sideOf(s.Accepted, s.Netns, s.Flow.Local.Port)
 	c.alive = s.Time
-	c.pass = t.pass
 	c.process = s.Process
 	c.setTimers(s.Timers)
 	if c.stage == events.Held && c.process.Known() {
@@ -246,7 +244,7 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 	}
 	for _, i := range t.table {
 		c := t.slab.at(i)
-		if c.pass == t.pass || c.alive >= t.began {
+		if c.alive >= t.began {
 			continue
 		}
 		_, covered := cov.Netns[c.netns]
