@@ -319,38 +319,43 @@ SEC("iter/tcp")
 int snapshot(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *skc = ctx->sk_common;
-	struct row r = {};
+	struct inet_timewait_sock *tw = (void *)skc;
 	struct net *net;
+	__s32 timer = 0;
+	struct row r;
+	__u8 state;
 
 	if (!skc)
 		return 0;
-	r.state = skc->skc_state;
-	if (r.state != TCP_FIN_WAIT2 && r.state != TCP_TIME_WAIT && r.state != TCP_LISTEN)
+	state = skc->skc_state;
+	if (state != TCP_FIN_WAIT2 && state != TCP_TIME_WAIT && state != TCP_LISTEN)
 		return 0;
-
-	if (r.state == TCP_TIME_WAIT) {
+	if (state == TCP_TIME_WAIT) {
 		/*
 		 * Read by CO-RE: bpf_skc_to_tcp_timewait_sock() does not know
 		 * the minisocks of connections accepted on an MPTCP listener.
 		 */
-		struct inet_timewait_sock *tw = (void *)skc;
+		state = BPF_CORE_READ(tw, tw_substate);
+		/* One in TIME_WAIT is of interest only as the end of a FIN_WAIT2 that was sent. */
+		if (state == TCP_TIME_WAIT && !skc->skc_cookie.counter)
+			return 0;
+		timer = (long)(BPF_CORE_READ(tw, tw_timer.expires) - bpf_jiffies64());
+		if (state == TCP_TIME_WAIT &&
+		    (TCP_TIMEWAIT_SECONDS * (__s32)config.hz - timer) * 1000LL >
+			    (__s64)time_wait_max_age * config.hz)
+			return 0;
+	}
 
+	__builtin_memset(&r, 0, sizeof(r));
+	r.state = state;
+	if (skc->skc_state == TCP_TIME_WAIT) {
 		r.minisock = 1;
-		r.state = BPF_CORE_READ(tw, tw_substate);
 		r.has_timer = 1;
-		r.timer = (long)(BPF_CORE_READ(tw, tw_timer.expires) - bpf_jiffies64());
+		r.timer = timer;
 		if (bpf_core_field_exists(tw->tw_entry_stamp)) {
 			r.has_entry = 1;
 			r.entry = (__u32)(bpf_ktime_get_ns() / 1000000) -
 				  BPF_CORE_READ(tw, tw_entry_stamp);
-		}
-		if (r.state == TCP_TIME_WAIT) {
-			/* Of interest only as the end of a FIN_WAIT2 that was sent. */
-			if (!skc->skc_cookie.counter)
-				return 0;
-			if ((TCP_TIMEWAIT_SECONDS * (__s32)config.hz - r.timer) * 1000LL >
-			    (__s64)time_wait_max_age * config.hz)
-				return 0;
 		}
 	} else if (r.state == TCP_FIN_WAIT2) {
 		struct tcp_sock *tp = bpf_skc_to_tcp_sock(skc);

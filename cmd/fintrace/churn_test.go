@@ -44,7 +44,7 @@ func TestFoundAtStart(t *testing.T) {
 	found := func(p *pair) track.Conn {
 		t.Helper()
 		n := r.await(t, ns.Inode, p.flow, track.Opened, time.Second)
-		p.near("found", n.Conn.Duration, at(func() {}).since(p.entry()), 0)
+		p.near("found", n.Conn.Duration, moment{n.Time, n.Time}.since(p.entry()), 0)
 		return n.Conn
 	}
 	if c := found(held); c.Stage != events.Held || c.SinceExact || c.Side != events.Inbound ||
