@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -493,8 +494,9 @@ func TestKernel(t *testing.T) {
 		}
 		pause(300 * time.Millisecond)
 		killed := at(func() { p.must(child.Process.Kill()) })
-		if err := child.Wait(); err == nil {
-			t.Error("the child was not killed")
+		var exit *exec.ExitError
+		if err := child.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL {
+			t.Fatalf("the child ended before it was killed: %v", err)
 		}
 		p.check(r, events.Inbound, soon+10*time.Second, want{end: events.KernelTimeout, held: killed.since(moment{opened.Conn.Since, opened.Conn.Since}),
 			minisock: about(5 * time.Second), limit: 5 * time.Second, source: "net.ipv4.tcp_fin_timeout 5s",
