@@ -80,8 +80,8 @@ struct row {
 /*
  * Who sent our FIN, kept from FIN_WAIT1 (process context) until FIN_WAIT2
  * (softirq, where the current task is a bystander). A slot of an array, found
- * by the socket's hash: a hash table costs several times as much here. Another
- * socket may take the slot meanwhile, then the closer is unknown, never wrong.
+ * by the socket's hash: a hash table costs several times as much here. Others
+ * may take its slots meanwhile, then the closer is unknown, never wrong.
  */
 struct closer {
 	__u64 sk; /* address of the struct sock, compared only */
@@ -140,18 +140,35 @@ static __always_inline void read_closer(struct closer *c, const struct sock *sk)
 	c->sk = (__u64)sk;
 }
 
-static __always_inline struct closer *closer_slot(const struct sock *sk)
+/* A socket has two slots to choose from. */
+static __always_inline struct closer *closer_slot(const struct sock *sk, __u32 way)
 {
-	__u32 slot = sk->__sk_common.skc_hash % CLOSERS;
+	__u32 slot = (sk->__sk_common.skc_hash % CLOSERS) ^ way;
 
 	return bpf_map_lookup_elem(&closers, &slot);
 }
 
-/* Copies the noted closer of sk and frees its slot. The checksum catches two CPUs in one slot. */
+/* Notes the current process as the closer of sk. */
+static __always_inline void note_closer(const struct sock *sk)
+{
+	struct closer *slot = closer_slot(sk, 0), *other;
+
+	if (slot && slot->sk && slot->sk != (__u64)sk) {
+		other = closer_slot(sk, 1);
+		if (other && !other->sk)
+			slot = other;
+	}
+	if (slot)
+		read_closer(slot, sk);
+}
+
+/* Frees the slot of sk, having copied it. The checksum catches two CPUs in one slot. */
 static __always_inline bool take_closer(struct closer *c, const struct sock *sk)
 {
-	struct closer *slot = closer_slot(sk);
+	struct closer *slot = closer_slot(sk, 0);
 
+	if (slot && slot->sk != (__u64)sk)
+		slot = closer_slot(sk, 1);
 	if (!slot || slot->sk != (__u64)sk)
 		return false;
 	*c = *slot;
@@ -256,20 +273,22 @@ static __always_inline bool in_process_context(int old_state, int new_state)
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 {
-	struct closer who, *slot;
+	struct closer who;
 	struct tcp_sock *tp;
 	bool known = false;
 
-	if (!config.all_states && new_state != TCP_FIN_WAIT1 && new_state != TCP_FIN_WAIT2 &&
+	if (!config.all_states && new_state != TCP_FIN_WAIT1 && old_state != TCP_FIN_WAIT1 &&
 	    old_state != TCP_FIN_WAIT2)
 		return 0;
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
 
 	if (new_state == TCP_FIN_WAIT1) {
-		slot = closer_slot(sk);
-		if (slot)
-			read_closer(slot, sk);
+		note_closer(sk);
+		if (!config.all_states)
+			return 0;
+	} else if (old_state == TCP_FIN_WAIT1 && new_state != TCP_FIN_WAIT2) {
+		take_closer(&who, sk);
 		if (!config.all_states)
 			return 0;
 	}

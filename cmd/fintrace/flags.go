@@ -186,7 +186,7 @@ func names() *report.Names {
 		netns = nil // Names are a courtesy.
 	}
 	return &report.Names{
-		Wall:   probe.Wall,
+		Wall:   new(probe.WallClock).Time,
 		Cgroup: probe.CgroupPath,
 		Netns:  func(inode uint32) string { return netns[inode] },
 	}

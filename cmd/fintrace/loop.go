@@ -20,6 +20,8 @@ const (
 	batchDelay = 20 * time.Millisecond
 	// reconcileEvery is how long the table goes without a look at the sockets.
 	reconcileEvery = 30 * time.Second
+	// doubtfulAtMost is how long it goes while something is in doubt.
+	doubtfulAtMost = 10 * time.Second
 	// checkEvery is how often the kernel side is asked whether records were lost.
 	checkEvery = time.Second
 	// lookupsPerPass bounds the sockets that are asked for one by one.
@@ -157,7 +159,7 @@ func (w *watch) nextSnapshot() events.Time {
 	wait := reconcileEvery
 	switch {
 	case w.counters.Lost+w.counters.Missed > w.losses, w.tracker.WantsSnapshot():
-		wait = min(wait, max(time.Second, 100*w.cost))
+		wait = min(doubtfulAtMost, max(time.Second, 100*w.cost))
 	case w.tracker.Count(events.Minisock) > 0:
 		wait = min(wait, max(2*time.Second, 1000*w.cost))
 	}

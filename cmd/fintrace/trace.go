@@ -248,7 +248,7 @@ func (t *tracing) finish(began events.Time) {
 		Shed:      counters.Shed,
 	}
 	if t.asJSON {
-		t.printed(t.out.Encode(t.summary.Record(probe.Wall(now), totals)))
+		t.printed(t.out.Encode(t.summary.Record(t.names.Wall(now), totals)))
 		return
 	}
 	t.printed(t.summary.Print(t.env.stdout, totals, t.env.style()))

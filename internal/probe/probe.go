@@ -167,9 +167,20 @@ func Now() events.Time {
 	return events.Time(ts.Nano())
 }
 
-// Wall is t on the wall clock as that is set now.
-func Wall(t events.Time) time.Time {
-	return time.Now().Add(t.Sub(Now())).Round(0)
+// A WallClock turns readings of Now into wall-clock time, by the wall clock as it
+// is set when it is asked. Between steps of that clock it is consistent.
+type WallClock struct {
+	boot time.Duration // the wall clock's time of the boot, since 1970
+}
+
+// Time is t on the wall clock.
+func (c *WallClock) Time(t events.Time) time.Time {
+	boot := time.Duration(time.Now().UnixNano() - int64(Now()))
+	// Two clocks cannot be read at once: what is less than this is no step.
+	if (boot - c.boot).Abs() > time.Millisecond {
+		c.boot = boot
+	}
+	return time.Unix(0, int64(t)+int64(c.boot))
 }
 
 // A hint says what to do about an error, in place of the error's own text.

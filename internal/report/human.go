@@ -19,8 +19,10 @@ func Duration(d time.Duration) string {
 		return fmt.Sprintf("%dµs", d.Microseconds())
 	case d < time.Second:
 		return fmt.Sprintf("%dms", d.Milliseconds())
+	case d < time.Minute-50*time.Millisecond:
+		return fmt.Sprintf("%.1fs", d.Seconds())
 	case d < time.Minute:
-		return fmt.Sprintf("%.1fs", d.Truncate(100*time.Millisecond).Seconds())
+		return "1m00s" // and not 60.0s
 	case d < time.Hour:
 		return fmt.Sprintf("%dm%02ds", d/time.Minute, d%time.Minute/time.Second)
 	case d < 24*time.Hour:
@@ -50,9 +52,17 @@ func processName(p events.Process) string {
 // age is the time in FIN_WAIT2, marked where it is only a lower bound.
 func age(c *track.Conn) string {
 	if !c.SinceExact || c.End != 0 && !c.EndExact {
-		return "≥" + Duration(c.Duration)
+		return "≥" + atLeast(c.Duration)
 	}
 	return Duration(c.Duration)
+}
+
+// atLeast is Duration rounded down, for a lower bound.
+func atLeast(d time.Duration) string {
+	if d >= time.Second {
+		d = d.Truncate(100 * time.Millisecond)
+	}
+	return Duration(d)
 }
 
 func plural(n uint64, one, many string) string {

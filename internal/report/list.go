@@ -128,7 +128,7 @@ func Groups(w io.Writer, keys []string, groups []Group, style Style) error {
 	for i, g := range groups {
 		oldest := Duration(g.Oldest)
 		if g.AtLeast {
-			oldest = "≥" + oldest
+			oldest = "≥" + atLeast(g.Oldest)
 		}
 		rows[i] = append(slices.Clone(g.Keys), fmt.Sprint(g.Count), fmt.Sprint(g.Overdue), oldest)
 	}

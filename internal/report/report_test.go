@@ -54,7 +54,7 @@ func TestDuration(t *testing.T) {
 		{999*time.Millisecond + 999*time.Microsecond, "999ms"},
 		{time.Second, "1.0s"},
 		{1449 * time.Millisecond, "1.4s"},
-		{59*time.Second + 999*time.Millisecond, "59.9s"}, // never 60.0s
+		{59*time.Second + 999*time.Millisecond, "1m00s"}, // never 60.0s
 		{time.Minute, "1m00s"},
 		{2*time.Minute + 5*time.Second, "2m05s"},
 		{time.Hour - 1, "59m59s"},
