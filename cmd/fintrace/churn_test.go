@@ -331,10 +331,12 @@ func churned(t *testing.T, duration time.Duration, opts probe.Options) {
 	if kernel.Lost != 0 {
 		t.Errorf("%d records lost", kernel.Lost)
 	}
-	// What the kernel skips (an event within an event on one CPU) is the only
-	// thing that may be missing. Those not sent are counted for the whole host.
+	// The kernel skips events that come while the program runs on that CPU, a
+	// batch of them where a softirq did, and its own count of them is not always
+	// the whole: up to 0.02 % of the connections were missing when this was
+	// written. Those not sent are counted for the whole host.
 	seen, made := r.opened[ns.Inode]+instants, uint64(load.made)
-	if seen+kernel.Missed < made {
+	if seen+made/1000 < made {
 		t.Errorf("%d connections were made and closed, %d seen, %d skipped", made, seen, kernel.Missed)
 	}
 	if opts.Instants && (instants != 0 || seen > made) {
