@@ -178,6 +178,9 @@ func limitFlag(cmd *cobra.Command, held *time.Duration) {
 	durationFlag(cmd, held, "limit", 0, "how long a held connection may stay (default: tcp_fin_timeout of its namespace)")
 }
 
+// cgroupsKept bounds the paths that are remembered.
+const cgroupsKept = 10_000
+
 // names looks up what the kernel has numbers for; namespaces that come later
 // than this call go unnamed.
 func names() *report.Names {
@@ -185,9 +188,20 @@ func names() *report.Names {
 	if err != nil {
 		netns = nil // Names are a courtesy.
 	}
+	cgroups := map[uint64]string{}
 	return &report.Names{
-		Wall:   new(probe.WallClock).Time,
-		Cgroup: probe.CgroupPath,
-		Netns:  func(inode uint32) string { return netns[inode] },
+		Wall: new(probe.WallClock).Time,
+		Cgroup: func(id uint64) string {
+			path, known := cgroups[id]
+			if !known {
+				if len(cgroups) >= cgroupsKept {
+					clear(cgroups)
+				}
+				path = probe.CgroupPath(id)
+				cgroups[id] = path
+			}
+			return path
+		},
+		Netns: func(inode uint32) string { return netns[inode] },
 	}
 }
