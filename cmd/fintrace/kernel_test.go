@@ -428,7 +428,7 @@ func (p *pair) destroy() {
 	}
 }
 
-// TestKernel is KERNEL.md's tables, a row a scenario, each on real sockets in a
+// TestKernel is every ending and stage, a scenario each, on real sockets in a
 // namespace of its own, all watched by one loop as on a real host. The witness
 // of what really happened is the test's own clock.
 func TestKernel(t *testing.T) {
