@@ -114,7 +114,8 @@ func (t *Tracker) refreshLimit(i index, s *events.Socket) {
 			c.deadline = s.Time.Add(s.Timer)
 		}
 	}
-	if c.finTimeout != before || c.stage == events.Minisock {
+	// One that Advance had doubts about has no timer: this was the fresh look.
+	if c.finTimeout != before || c.stage == events.Minisock || !c.timed && !c.overdue {
 		t.confirm(i, s.Time)
 	}
 }
@@ -123,7 +124,7 @@ func (t *Tracker) refreshLimit(i index, s *events.Socket) {
 // overdue, or will be asked for again.
 func (t *Tracker) confirm(i index, now events.Time) {
 	c := t.slab.at(i)
-	if !c.overdue && c.stage == events.Minisock && c.overdueFrom(c.limit(&t.rules)) <= now {
+	if !c.overdue && (c.stage == events.Minisock || !c.timed) && c.overdueFrom(c.limit(&t.rules)) <= now {
 		t.passLimit(c, now)
 	}
 	if t.relimit(i, now) {
