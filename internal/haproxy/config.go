@@ -109,6 +109,8 @@ type Proxy struct {
 	UseBackends    []Setting[string] // names as written; "%[" makes one of them dynamic
 	Binds          []Bind
 	Servers        []Server
+
+	defaultServer Server // what its servers have that do not say otherwise
 }
 
 // String is the section's first words: "frontend www".
@@ -143,7 +145,7 @@ type Bind struct {
 // BindAddr is one address of a bind line.
 type BindAddr struct {
 	Text        string
-	IP          netip.Addr // the zero Addr: any IPv4; IPv6Unspecified: any IPv6
+	IP          netip.Addr // 0.0.0.0 is any IPv4, :: any IPv6; invalid where it is a name
 	First, Last uint16     // ports; 0: not a TCP address that is known (unix, abns, fd, udp, quic)
 }
 
@@ -177,6 +179,17 @@ func (v Version) Known() bool { return v.Major != 0 }
 // AtLeast says whether a known version is that or later.
 func (v Version) AtLeast(major, minor int) bool {
 	return v.Major > major || v.Major == major && v.Minor >= minor
+}
+
+// Errors are all that is wrong with a configuration.
+type Errors []*Error
+
+// Error is the first of them, and how many there are.
+func (e Errors) Error() string {
+	if len(e) > 1 {
+		return fmt.Sprintf("%v (and %d more)", e[0], len(e)-1)
+	}
+	return e[0].Error()
 }
 
 // Error is what HAProxy would not accept, or what cannot be read.
