@@ -53,6 +53,8 @@ func (p *Place) Source() string {
 		return fmt.Sprintf("the configuration has changed since haproxy %d started, and what it runs with is not known", p.Process.PID)
 	case p.Timeout.By.Undecided:
 		return p.Timeout.String() + ", as far as it can be told without HAProxy"
+	case !p.Certain():
+		return p.Timeout.String() + ", or what " + p.Name() + " has"
 	}
 	return p.Timeout.String()
 }
@@ -78,6 +80,7 @@ type worker struct {
 	process   *Process
 	listeners []listener
 	targets   map[netip.AddrPort][]target // port 0: any; an invalid address: any
+	found     []int                       // for reuse by the look-ups
 	places    map[placeKey]uint32
 }
 
@@ -251,7 +254,7 @@ func (v *View) find(w *worker, s Socket) uint32 {
 // connection, chosen as the kernel does (inet_lookup_listener()): the address
 // first, then the device, then the family.
 func (w *worker) byListener(s Socket) []int {
-	var found []int
+	found := w.found[:0]
 	best := 0
 	ip := s.Local.Addr()
 	for _, l := range w.listeners {
@@ -284,6 +287,7 @@ func (w *worker) byListener(s Socket) []int {
 			found = append(found, l.proxy)
 		}
 	}
+	w.found = found
 	return found
 }
 
@@ -291,6 +295,7 @@ func (w *worker) byListener(s Socket) []int {
 // server if there is one.
 func (w *worker) byTarget(s Socket) (proxies []int, server string) {
 	to := s.Remote
+	proxies = w.found[:0]
 	for _, key := range []netip.AddrPort{
 		to, netip.AddrPortFrom(to.Addr(), 0), netip.AddrPortFrom(netip.Addr{}, to.Port()), {},
 	} {
@@ -309,6 +314,7 @@ func (w *worker) byTarget(s Socket) (proxies []int, server string) {
 			server = ""
 		}
 		if servers > 0 {
+			w.found = proxies
 			return proxies, server
 		}
 	}

@@ -6,6 +6,7 @@
 package track
 
 import (
+	"strings"
 	"syscall"
 	"time"
 
@@ -149,7 +150,14 @@ func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
 }
 
 // locate finds out which proxy of HAProxy c belongs to.
-func (t *Tracker) locate(c *conn) { c.place = t.rules.Place(c.netns, c.flow, c.side, c.process.PID) }
+func (t *Tracker) locate(c *conn) {
+	c.place = t.rules.Place(c.netns, c.flow, c.side, c.process.PID)
+	if c.place == 0 && c.stage > events.Held && strings.HasPrefix(c.process.Name(), "haproxy") {
+		// The worker that closed it has ended; those that have taken over have
+		// the same proxies, most often.
+		c.place = t.rules.Place(c.netns, c.flow, c.side, 0)
+	}
+}
 
 // All calls fn for each connection, in no order, as of now.
 func (t *Tracker) All(now events.Time, fn func(Conn)) {
