@@ -672,7 +672,8 @@ func (d *discovery) result() Found {
 			for _, s := range g.sources {
 				p.Changed = p.Changed || s.Modified.After(t.start.Add(sameMoment))
 			}
-			if before := d.previous(t); before != nil && before.Config != nil && !before.Changed && (p.Changed || g.config == nil) {
+			// A process never reads its files again.
+			if before := d.previous(t); before != nil && before.Config != nil && !before.Changed && before.Version.Known() {
 				p.Config, p.Changed = before.Config, false
 			}
 			found.Processes = append(found.Processes, p)
