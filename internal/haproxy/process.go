@@ -53,7 +53,10 @@ type Process struct {
 	Changed bool
 	Info    *Info // nil if the runtime socket did not answer for this process
 	Stats   []ProxyStat
-	Servers []ServerAddr
+	// Interfaces are the indices of the interfaces that its configuration names,
+	// and Namespaces the inodes of the network namespaces.
+	Interfaces, Namespaces map[string]uint32
+	Servers                []ServerAddr
 	// Problems say in a line each what could not be looked at.
 	Problems []string
 }
