@@ -34,7 +34,7 @@ var rooms = map[string]room{
 		why: "facts and the time come in as values, and decisions go out as values; " + kernelOnly,
 	},
 	"internal/report": {
-		may: []string{module + "internal/events", module + "internal/limits", module + "internal/track"},
+		may: []string{module + "internal/events", module + "internal/limits", module + "internal/track", module + "internal/haproxy"},
 		why: "it renders what it is given; " + kernelOnly,
 	},
 	"internal/probe": {

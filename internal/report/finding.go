@@ -70,10 +70,10 @@ func (p Place) String() string {
 	switch {
 	case p.Pos.File == "":
 		return Clean(p.Text)
-	case p.Text == "":
-		return Clean(p.Pos.String())
+	case p.Pos.Line == 0:
+		return Clean(join(": ", p.Pos.File, p.Text))
 	}
-	return Clean(p.Pos.String() + ": " + p.Text)
+	return Clean(join(": ", p.Pos.String(), p.Text))
 }
 
 // Edit is a change to make by hand.
@@ -285,11 +285,13 @@ func (s CheckSummary) String() string {
 		parts = append(parts, plural(uint64(s.Warning), "warning", "warnings"))
 	}
 	if s.Info > 0 {
-		parts = append(parts, fmt.Sprintf("%d to know", s.Info))
+		parts = append(parts, plural(uint64(s.Info), "note", "notes"))
 	}
 	switch {
 	case len(s.Looked) == 0:
 		return "Nothing could be looked at."
+	case len(parts) == 0 && len(s.Unlooked) > 0:
+		return "Nothing to change in what could be looked at of " + where + "."
 	case len(parts) == 0:
 		return "Nothing to change in " + where + "."
 	}
@@ -318,12 +320,12 @@ func join(between string, words ...string) string {
 	return strings.Join(slices.DeleteFunc(words, func(w string) bool { return w == "" }), between)
 }
 
-// setting prints a duration as one writes it: 60s, 5m, 1h, 1h30m, 24d.
-func setting(d time.Duration) string {
+// span prints a duration as one writes it: 60s, 5m, 1h, 1h30m, 24d.
+func span(d time.Duration) string {
 	switch {
 	case d%time.Second != 0:
 		return d.String()
-	case d <= 2*time.Minute:
+	case d < 2*time.Minute:
 		return fmt.Sprintf("%ds", d/time.Second)
 	}
 	var b strings.Builder
