@@ -38,6 +38,7 @@ struct event {
 	__u32 fin_timeout; /* jiffies, net.ipv4.tcp_fin_timeout of the namespace */
 	__s32 linger2;	   /* jiffies, TCP_LINGER2; 0: unset, < 0: abort */
 	__u32 rto;	   /* jiffies */
+	__u32 device;	   /* index of the interface it is bound to; 0: none */
 	__u16 err;	   /* sk_err */
 	__u16 local_port;  /* host byte order */
 	__u16 remote_port; /* host byte order */
@@ -64,6 +65,7 @@ struct row {
 	__u32 last_ack;	   /* jiffies since the peer last acknowledged */
 	__u32 entry;	   /* ms since the minisock's entry stamp */
 	__s32 timer;	   /* jiffies until the timer that ends this stage */
+	__u32 device;	   /* index of the interface it is bound to; 0: none */
 	__u16 local_port;
 	__u16 remote_port;
 	__u8 state; /* TCP_LISTEN, TCP_FIN_WAIT2 or TCP_TIME_WAIT */
@@ -72,7 +74,7 @@ struct row {
 	__u8 accepted;
 	__u8 has_timer;
 	__u8 has_entry;
-	__u8 padding[2];
+	__u8 padding[6];
 	__u8 local[16];
 	__u8 remote[16];
 };
@@ -238,6 +240,7 @@ static __always_inline void send(struct sock *sk, const struct tcp_sock *tp, int
 	e->fin_timeout = net->ipv4.sysctl_tcp_fin_timeout;
 	e->linger2 = tp->linger2;
 	e->rto = tp->inet_conn.icsk_rto;
+	e->device = sk->__sk_common.skc_bound_dev_if;
 	e->err = sk->sk_err;
 	/* skc_num is 0 by the time of CLOSE; the header's port stays. */
 	e->local_port = bpf_ntohs(tp->inet_conn.icsk_inet.inet_sport);
@@ -400,6 +403,7 @@ int snapshot(struct bpf_iter__tcp *ctx)
 	r.cookie = bpf_get_socket_cookie(skc);
 	r.netns = net->ns.inum;
 	r.fin_timeout = net->ipv4.sysctl_tcp_fin_timeout;
+	r.device = skc->skc_bound_dev_if;
 	r.local_port = skc->skc_num;
 	r.remote_port = bpf_ntohs(skc->skc_dport);
 	read_addresses(skc, r.local, r.remote);

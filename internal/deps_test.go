@@ -24,17 +24,18 @@ type room struct {
 const kernelOnly = "all that is asked of the kernel is asked by internal/probe"
 
 var rooms = map[string]room{
-	"internal/events": {why: "everyone uses these words: they depend on nothing"},
+	"internal/events":  {why: "everyone uses these words: they depend on nothing"},
+	"internal/haproxy": {why: "it knows HAProxy, and nothing of fintrace"},
 	"internal/limits": {
-		may: []string{module + "internal/events"},
+		may: []string{module + "internal/events", module + "internal/haproxy"},
 		why: "a limit follows from settings alone; " + kernelOnly,
 	},
 	"internal/track": {
-		may: []string{module + "internal/events", module + "internal/limits"},
+		may: []string{module + "internal/events", module + "internal/haproxy", module + "internal/limits"},
 		why: "facts and the time come in as values, and decisions go out as values; " + kernelOnly,
 	},
 	"internal/report": {
-		may: []string{module + "internal/events", module + "internal/limits", module + "internal/track", module + "internal/haproxy"},
+		may: []string{module + "internal/events", module + "internal/haproxy", module + "internal/limits", module + "internal/track"},
 		why: "it renders what it is given; " + kernelOnly,
 	},
 	"internal/probe": {

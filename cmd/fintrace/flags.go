@@ -70,6 +70,10 @@ func filterFlags(cmd *cobra.Command, minDuration time.Duration) *track.Filter {
 		f.Processes = append(f.Processes, s)
 		return nil
 	})
+	add("proxy", "name", "only connections of this proxy of HAProxy (repeatable)", func(s string) error {
+		f.Proxies = append(f.Proxies, s)
+		return nil
+	})
 	add("netns", "name|inode|path", "only connections of this network namespace (repeatable)", func(s string) error {
 		inode, err := parseNetns(s)
 		f.Netns = append(f.Netns, inode)

@@ -98,7 +98,7 @@ func (t *tracing) run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, p.Close()) }()
 	t.names = names()
 	t.out = json.NewEncoder(t.env.stdout)
-	t.live = report.NewLive(t.env.stdout, t.env.style(), t.names)
+	t.live = report.NewLive(t.env.stdout, t.env.style(), t.names, false)
 	t.summary = report.NewSummary()
 	t.states = map[uint64]was{}
 	warned := map[string]bool{}

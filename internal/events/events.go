@@ -179,9 +179,11 @@ func (e Endpoint) IP() netip.Addr { return netip.AddrFrom16(e.Addr).Unmap() }
 // String is the form host:port, with brackets around IPv6.
 func (e Endpoint) String() string { return netip.AddrPortFrom(e.IP(), e.Port).String() }
 
-// Flow is both ends, seen from this host.
+// Flow is both ends, seen from this host, and the interface that the socket is
+// bound to (SO_BINDTODEVICE), which tells apart what has the same ends.
 type Flow struct {
 	Local, Remote Endpoint
+	Device        uint32 // index of the interface; 0 none
 }
 
 // Process is who holds or closed a socket.

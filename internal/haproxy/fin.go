@@ -37,7 +37,7 @@ func (f FinTimeout) Explicit() bool { return strings.HasSuffix(f.Name, "-fin") }
 
 // String is its source in words: "haproxy.cfg:9 defaults timeout client 1h (client-fin unset)".
 func (f FinTimeout) String() string {
-	text := "no timeout " + f.Name
+	text := "timeout " + f.Name + " unset"
 	if f.By.IsSet() {
 		text = fmt.Sprintf("%s %s %s", f.By.Pos.Short(), f.By.Section, f.By.Text)
 	}

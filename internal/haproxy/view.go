@@ -4,6 +4,7 @@ package haproxy
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -39,6 +40,28 @@ func (p *Place) Name() string {
 	return strings.Join(names, " or ")
 }
 
+// Ends is the timeout that ends what HAProxy holds there; known is false where
+// its value is not.
+func (p *Place) Ends() (timeout FinTimeout, known bool) {
+	return p.Timeout, !p.Process.Changed && !p.Timeout.By.Undecided
+}
+
+// Source says in words what ends it.
+func (p *Place) Source() string {
+	switch {
+	case p.Process.Changed:
+		return fmt.Sprintf("the configuration has changed since haproxy %d started, and what it runs with is not known", p.Process.PID)
+	case p.Timeout.By.Undecided:
+		return p.Timeout.String() + ", as far as it can be told without HAProxy"
+	}
+	return p.Timeout.String()
+}
+
+// Has says whether it is, or may be, the proxy of that name.
+func (p *Place) Has(name string) bool {
+	return slices.ContainsFunc(p.Proxies, func(px *Proxy) bool { return px.Name == name })
+}
+
 // Certain says whether it is known which proxy it is.
 func (p *Place) Certain() bool { return len(p.Proxies) == 1 }
 
@@ -55,7 +78,14 @@ type worker struct {
 	process   *Process
 	listeners []listener
 	targets   map[netip.AddrPort][]target // port 0: any; an invalid address: any
-	places    map[string]uint32
+	places    map[placeKey]uint32
+}
+
+type placeKey struct {
+	side   Side
+	proxy  int
+	others string // the proxies after the first, where there are several
+	server string
 }
 
 type listener struct {
@@ -79,7 +109,7 @@ func NewView(processes []Process) *View {
 	v := &View{byPID: map[int]*worker{}, places: []*Place{nil}}
 	for i := range processes {
 		p := &processes[i]
-		w := &worker{process: p, targets: map[netip.AddrPort][]target{}, places: map[string]uint32{}}
+		w := &worker{process: p, targets: map[netip.AddrPort][]target{}, places: map[placeKey]uint32{}}
 		v.byPID[p.PID] = w
 		v.workers = append(v.workers, w)
 		if p.Config != nil {
@@ -287,13 +317,11 @@ func (w *worker) byTarget(s Socket) (proxies []int, server string) {
 
 func (v *View) intern(w *worker, side Side, proxies []int, server string) uint32 {
 	slices.Sort(proxies)
-	var key strings.Builder
-	key.WriteString(side.String())
-	for _, i := range proxies {
-		key.WriteString(" " + strconv.Itoa(i))
+	key := placeKey{side: side, proxy: proxies[0], server: server}
+	for _, i := range proxies[1:] {
+		key.others += " " + strconv.Itoa(i)
 	}
-	key.WriteString(" " + server)
-	if n, ok := w.places[key.String()]; ok {
+	if n, ok := w.places[key]; ok {
 		return n
 	}
 	p := &Place{Process: w.process, Side: side, Server: server}
@@ -301,14 +329,16 @@ func (v *View) intern(w *worker, side Side, proxies []int, server string) uint32
 		px := w.process.Config.Proxies[i]
 		t := w.process.Config.FinTimeout(px, side, w.process.Version)
 		if len(p.Proxies) == 0 || longer(t, p.Timeout) {
-			t.Uncertain = t.Uncertain || len(proxies) > 1
 			p.Timeout = t
 		}
 		p.Proxies = append(p.Proxies, px)
 	}
+	if len(proxies) > 1 {
+		p.Timeout.Uncertain = true
+	}
 	n := uint32(len(v.places))
 	v.places = append(v.places, p)
-	w.places[key.String()] = n
+	w.places[key] = n
 	return n
 }
 

@@ -6,20 +6,24 @@ package limits
 
 import (
 	"fmt"
+	"net/netip"
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
 )
 
 // TimeWaitLen is TCP_TIMEWAIT_LEN (include/net/tcp.h): the longest a minisock
 // waits, and what is taken off a fin timeout that is longer.
 const TimeWaitLen = 60 * time.Second
 
-// Rules are the limits of the user's own.
+// Rules are what limits depend on beside the connection itself.
 type Rules struct {
-	// Held replaces the yardstick for held connections, which the kernel does
-	// not limit; 0 leaves it at tcp_fin_timeout.
+	// Held is the user's own limit for held connections, which the kernel does
+	// not limit; 0 leaves it to HAProxy's timeouts and tcp_fin_timeout.
 	Held time.Duration
+	// HAProxy knows whose connection it is; nil where no HAProxy runs.
+	HAProxy *haproxy.View
 }
 
 // Limit is a duration that a connection should not exceed, and its source. It
@@ -31,7 +35,8 @@ type Limit struct {
 	// kernel are late by up to an eighth (kernel/time/timer.c).
 	Slack  time.Duration
 	source source
-	value  time.Duration // of the setting that source names
+	value  time.Duration  // of the setting that source names
+	place  *haproxy.Place // of a held connection of HAProxy, else nil
 }
 
 type source uint8
@@ -46,6 +51,7 @@ const (
 	fromNegativeLinger2
 	fromOption
 	fromTimer
+	fromHAProxy
 )
 
 // Source says in words whose limit it is.
@@ -71,27 +77,69 @@ func (l Limit) Source() string {
 		return "--limit " + human(l.value)
 	case fromTimer:
 		return "timewait timer " + human(l.value)
+	case fromHAProxy:
+		return l.place.Source()
+	}
+	if l.place != nil {
+		return l.place.Source() + "; " + finTimeout + " " + human(l.value)
 	}
 	return finTimeout + " " + human(l.value)
 }
 
 // String is the Source, and the duration where that is not the setting's own value.
 func (l Limit) String() string {
+	if l.source == fromFinTimeout && l.place != nil {
+		return human(l.Duration) + "; " + l.place.Source()
+	}
 	if l.Duration == l.value {
 		return l.Source()
 	}
 	return human(l.Duration) + " by " + l.Source()
 }
 
-// For is the limit of a connection in a stage.
-func (r Rules) For(stage events.Stage, t events.Timers) Limit {
+// Place finds the proxy of HAProxy that a connection belongs to: its number for
+// For and HAProxy.Place, 0 if it belongs to none.
+func (r Rules) Place(netns uint32, f events.Flow, side events.Side, pid uint32) uint32 {
+	if r.HAProxy == nil {
+		return 0
+	}
+	s := haproxy.Socket{
+		Netns:  netns,
+		Local:  netip.AddrPortFrom(f.Local.IP(), f.Local.Port),
+		Remote: netip.AddrPortFrom(f.Remote.IP(), f.Remote.Port),
+		Device: f.Device,
+		Side:   haproxy.ClientSide,
+		PID:    int(pid),
+	}
+	if side == events.Outbound {
+		s.Side = haproxy.ServerSide
+	}
+	return r.HAProxy.Find(s)
+}
+
+// For is the limit of a connection in a stage, of the place that Place found.
+//
+// A held one of HAProxy has until client-fin or server-fin ends it. Where those
+// are unset, what ends it instead is its limit too if it is no longer than
+// tcp_fin_timeout; a longer one is the very problem, and tcp_fin_timeout stays
+// the yardstick, as it is for what is not HAProxy's.
+func (r Rules) For(stage events.Stage, t events.Timers, place uint32) Limit {
 	if stage != events.Held {
 		return closed(t)
 	}
 	if r.Held > 0 {
 		return Limit{Duration: r.Held, source: fromOption, value: r.Held}
 	}
-	return Limit{Duration: t.FinTimeout, source: fromFinTimeout, value: t.FinTimeout}
+	l := Limit{Duration: t.FinTimeout, source: fromFinTimeout, value: t.FinTimeout}
+	if place == 0 {
+		return l
+	}
+	l.place = r.HAProxy.Place(place)
+	timeout, known := l.place.Ends()
+	if known && timeout.Duration > 0 && (timeout.Explicit() || timeout.Duration <= t.FinTimeout) {
+		l.Duration, l.source, l.value = timeout.Duration, fromHAProxy, timeout.Duration
+	}
+	return l
 }
 
 // FromTimer is the limit of a minisock of which only its timer is known: d from

@@ -51,7 +51,7 @@ func TestClosed(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			for _, stage := range []events.Stage{events.Orphaned, events.Minisock} {
 				for _, rules := range []Rules{{}, {Held: time.Second}} {
-					l := rules.For(stage, test.timers)
+					l := rules.For(stage, test.timers, 0)
 					if l.Duration != test.want || l.Source() != test.source {
 						t.Errorf("%v with %+v: %v, %q; want %v, %q", stage, rules, l.Duration, l.Source(), test.want, test.source)
 					}
@@ -84,7 +84,7 @@ func TestHeld(t *testing.T) {
 		{"option, hours", Rules{Held: time.Hour}, timers(60*time.Second, 0), time.Hour, "--limit 1h0m0s"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			l := test.rules.For(events.Held, test.timers)
+			l := test.rules.For(events.Held, test.timers, 0)
 			if l.Duration != test.want || l.Source() != test.source || l.Slack != 0 {
 				t.Errorf("%v, slack %v, %q; want %v, no slack, %q", l.Duration, l.Slack, l.Source(), test.want, test.source)
 			}

@@ -47,6 +47,7 @@ type bpfEvent struct {
 	FinTimeout uint32
 	Linger2    int32
 	Rto        uint32
+	Device     uint32
 	Err        uint16
 	LocalPort  uint16
 	RemotePort uint16
@@ -58,6 +59,7 @@ type bpfEvent struct {
 	Accepted   uint8
 	Local      [16]uint8
 	Remote     [16]uint8
+	_          [4]byte
 	Comm       [2]uint64
 }
 
@@ -73,6 +75,7 @@ type bpfRow struct {
 	LastAck    uint32
 	Entry      uint32
 	Timer      int32
+	Device     uint32
 	LocalPort  uint16
 	RemotePort uint16
 	State      uint8
@@ -81,7 +84,7 @@ type bpfRow struct {
 	Accepted   uint8
 	HasTimer   uint8
 	HasEntry   uint8
-	Padding    [2]uint8
+	Padding    [6]uint8
 	Local      [16]uint8
 	Remote     [16]uint8
 }

@@ -49,7 +49,7 @@ func (c clock) decodeEvent(record []byte, ev *events.Event) error {
 		Time:   events.Time(raw.Time),
 		Cookie: raw.Cookie,
 		Netns:  raw.Netns,
-		Flow:   flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort),
+		Flow:   flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort, raw.Device),
 		Old:    events.State(raw.OldState),
 		New:    events.State(raw.NewState),
 		Process: events.Process{
@@ -79,7 +79,7 @@ func (c clock) decodeRow(row []byte, s *events.Socket) error {
 		Cookie:   raw.Cookie,
 		Inode:    raw.Inode,
 		Netns:    raw.Netns,
-		Flow:     flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort),
+		Flow:     flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort, raw.Device),
 		State:    events.State(raw.State),
 		Timers:   c.timers(raw.FinTimeout, raw.Linger2, raw.Rto),
 		Accepted: raw.Accepted != 0,
@@ -110,9 +110,10 @@ func (c clock) timers(finTimeout uint32, linger2 int32, rto uint32) events.Timer
 	}
 }
 
-func flow(local *[16]uint8, localPort uint16, remote *[16]uint8, remotePort uint16) events.Flow {
+func flow(local *[16]uint8, localPort uint16, remote *[16]uint8, remotePort uint16, device uint32) events.Flow {
 	return events.Flow{
 		Local:  events.Endpoint{Addr: *local, Port: localPort},
 		Remote: events.Endpoint{Addr: *remote, Port: remotePort},
+		Device: device,
 	}
 }

@@ -55,6 +55,7 @@ func (l *Lookup) Find(netns uint32, f events.Flow) (events.State, uint64, error)
 	binary.BigEndian.PutUint16(req[10:], f.Remote.Port)
 	copy(req[12:28], local)
 	copy(req[28:44], remote)
+	binary.NativeEndian.PutUint32(req[44:], f.Device)
 	binary.NativeEndian.PutUint64(req[48:], noCookie)
 	answers, err := conn.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: netlink.Request},

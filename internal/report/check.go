@@ -113,12 +113,12 @@ func (k *checker) running() {
 		Why:   "What follows is about the files as they are now.",
 		Fix:   []Edit{{Text: "Reload HAProxy if the files are what it should run"}}}
 	for _, name := range k.config.Files {
-		f.Where = append(f.Where, Place{Pos: haproxy.Pos{File: name}})
+		f.Where = append(f.Where, Location{Pos: haproxy.Pos{File: name}})
 	}
 	if differs {
 		f.Title = fmt.Sprintf("%s has maxconn %d in force, and its file says %d", k.name(), inForce, file.Value)
 		f.Why = "It was given -n, told so over its socket, or started before the file was changed. What follows goes by what is in force."
-		f.Where = []Place{{Pos: file.Pos, Text: file.Text}}
+		f.Where = []Location{{Pos: file.Pos, Text: file.Text}}
 	}
 	k.add(f)
 }
@@ -267,25 +267,25 @@ func proxyNames(proxies []*haproxy.Proxy) string {
 
 // maxconnPlaces are where the limits are written, one place for those that
 // share a line.
-func (k *checker) maxconnPlaces(global int, own []*haproxy.Proxy) []Place {
-	places := []Place{{Text: fmt.Sprintf("%s: Maxconn %d in force", k.name(), global)}}
+func (k *checker) maxconnPlaces(global int, own []*haproxy.Proxy) []Location {
+	places := []Location{{Text: fmt.Sprintf("%s: Maxconn %d in force", k.name(), global)}}
 	if file := k.config.Global.Maxconn; file.IsSet() && file.Value == global {
-		places = []Place{{Pos: file.Pos, Text: "global: " + file.Text}}
+		places = []Location{{Pos: file.Pos, Text: "global: " + file.Text}}
 	}
 	if s := k.config.Global.Nbproc; s.Value > 1 {
-		places = append(places, Place{Pos: s.Pos, Text: s.Text + ": each process has these limits for itself"})
+		places = append(places, Location{Pos: s.Pos, Text: s.Text + ": each process has these limits for itself"})
 	}
 	groups := groupBy(own, func(px *haproxy.Proxy) haproxy.Pos { return px.Maxconn.Pos })
 	for i, g := range groups {
 		if i == namesShown && len(groups) > namesShown+1 {
-			places = append(places, Place{Text: fmt.Sprintf("and %d lines more", len(groups)-i)})
+			places = append(places, Location{Text: fmt.Sprintf("and %d lines more", len(groups)-i)})
 			break
 		}
 		text := fmt.Sprintf("%s: %s", g[0].Maxconn.Section, g[0].Maxconn.Text)
 		if g[0].Maxconn.Section != g[0].String() {
 			text += ", for " + proxyNames(g)
 		}
-		places = append(places, Place{Pos: g[0].Maxconn.Pos, Text: text})
+		places = append(places, Location{Pos: g[0].Maxconn.Pos, Text: text})
 	}
 	return places
 }
@@ -339,7 +339,7 @@ func (k *checker) maxconnUnset(fe frontends) {
 		Why:   "It comes to a little less than half of them (20000 give 9984), and changes with how HAProxy is started. Whether it covers the frontends cannot be told from the files.",
 	}
 	for _, name := range k.config.Files[:min(1, len(k.config.Files))] {
-		f.Where = []Place{{Pos: haproxy.Pos{File: name}}}
+		f.Where = []Location{{Pos: haproxy.Pos{File: name}}}
 	}
 	if len(fe.none)+len(fe.undecided) == 0 {
 		f.Why = fmt.Sprintf("It comes to a little less than half of them (20000 give 9984), and changes with how HAProxy is started. The frontends may have %d sessions, which is 2 × %d connections: %d leaves room.",
@@ -375,10 +375,10 @@ func (k *checker) frontendsWithout(fe frontends, global int, known bool) {
 		shown = shown[:namesShown]
 	}
 	for _, px := range shown {
-		f.Where = append(f.Where, Place{Pos: px.Pos, Text: px.String()})
+		f.Where = append(f.Where, Location{Pos: px.Pos, Text: px.String()})
 	}
 	if n := len(fe.none) - len(shown); n > 0 {
-		f.Where = append(f.Where, Place{Text: fmt.Sprintf("and %d more", n)})
+		f.Where = append(f.Where, Location{Text: fmt.Sprintf("and %d more", n)})
 	}
 	// What is left of half the global one, less the tenth, in equal parts.
 	share := 0
@@ -449,10 +449,10 @@ func (k *checker) descriptors() {
 			Why:    "Each session needs two descriptors, and the process some of its own. They run out before maxconn is reached, and HAProxy then fails to accept or to connect.",
 			Verify: "`show info` on HAProxy's socket: Ulimit-n is not less than Maxsock."}
 		if g.UlimitN.IsSet() {
-			f.Where = []Place{{Pos: g.UlimitN.Pos, Text: "global: " + g.UlimitN.Text}}
+			f.Where = []Location{{Pos: g.UlimitN.Pos, Text: "global: " + g.UlimitN.Text}}
 			f.Fix = []Edit{{Do: Delete, At: []haproxy.Pos{g.UlimitN.Pos}, Text: "(HAProxy computes it from maxconn)"}}
 		} else {
-			f.Where = []Place{{Text: fmt.Sprintf("%s: Ulimit-n %d in force", k.name(), ulimit)}}
+			f.Where = []Location{{Text: fmt.Sprintf("%s: Ulimit-n %d in force", k.name(), ulimit)}}
 			f.Fix = []Edit{{Text: "with `systemctl edit haproxy`, then restart it", Lines: []string{"[Service]", fmt.Sprintf("LimitNOFILE=%d", roomy(need/2))}}}
 		}
 		k.add(f)
@@ -469,7 +469,7 @@ func (k *checker) descriptors() {
 		k.add(Finding{ID: "fd-hard-limit-too-low", Severity: Critical,
 			Title:  fmt.Sprintf("fd-hard-limit %d is too low for %s", hard.Value, wants),
 			Why:    "HAProxy refuses to start with more descriptors than its hard limit (before 2.3, or with `no strict-limits`, it starts and runs out of them). `haproxy -c` does not notice.",
-			Where:  []Place{{Pos: hard.Pos, Text: "global: " + hard.Text}},
+			Where:  []Location{{Pos: hard.Pos, Text: "global: " + hard.Text}},
 			Fix:    []Edit{{Do: Replace, At: []haproxy.Pos{hard.Pos}, Lines: []string{fmt.Sprintf("    fd-hard-limit %d", roomy((need+1)/2))}}},
 			Verify: "HAProxy starts, and `show info` on its socket has Ulimit-n not less than Maxsock."})
 	}
@@ -600,16 +600,16 @@ func (k *checker) finGroup(group []waiting) {
 		Why: fmt.Sprintf("Once HAProxy has sent its FIN, the kernel has no timer for the %s's: only this one ends the wait. Until then the session keeps its place in maxconn, two descriptors, and the %s's side in CLOSE_WAIT.",
 			peer, other)}
 	if w.fin.By.IsSet() {
-		f.Where = []Place{{Pos: w.fin.By.Pos, Text: w.fin.By.Section + ": " + w.fin.By.Text}}
+		f.Where = []Location{{Pos: w.fin.By.Pos, Text: w.fin.By.Section + ": " + w.fin.By.Text}}
 		if w.fin.By.Section != w.proxy.String() || len(proxies) > 1 {
 			f.Where[0].Text += ", for " + proxyNames(proxies)
 		}
 	} else {
 		for _, px := range proxies[:min(len(proxies), namesShown)] {
-			f.Where = append(f.Where, Place{Pos: px.Pos, Text: fmt.Sprintf("%s has no timeout %s either", px, w.side)})
+			f.Where = append(f.Where, Location{Pos: px.Pos, Text: fmt.Sprintf("%s has no timeout %s either", px, w.side)})
 		}
 		if n := len(proxies) - namesShown; n > 0 {
-			f.Where = append(f.Where, Place{Text: fmt.Sprintf("and %d more", n)})
+			f.Where = append(f.Where, Location{Text: fmt.Sprintf("and %d more", n)})
 		}
 	}
 	side := "inbound"
@@ -713,7 +713,7 @@ func (k *checker) ignored() {
 		side := strings.TrimSuffix(l.option, "-fin")
 		k.add(Finding{ID: "fin-timeout-ignored",
 			Title: fmt.Sprintf("%s has no effect: HAProxy %d.%d does not use it in mode http", l.setting.Text, k.process.Version.Major, k.process.Version.Minor),
-			Where: []Place{{Pos: l.setting.Pos, Text: fmt.Sprintf("%s: for %s", l.setting.Section, proxyNames(l.proxies))}},
+			Where: []Location{{Pos: l.setting.Pos, Text: fmt.Sprintf("%s: for %s", l.setting.Section, proxyNames(l.proxies))}},
 			Why:   fmt.Sprintf("Since 3.0, half-closed connections in mode http wait for timeout %s, and upgraded ones for timeout tunnel. The line does no harm, but nothing relies on it.", side),
 			Fix:   []Edit{{Text: fmt.Sprintf("none needed; what counts is timeout %s, and timeout tunnel", side)}},
 		})
@@ -765,7 +765,7 @@ func (k *checker) hours() {
 		d := span(l.set.Value)
 		f := Finding{ID: "timeout-" + l.name + "-hours",
 			Title: fmt.Sprintf("timeout %s is %s: a connection may say nothing for that long", l.name, d),
-			Where: []Place{{Pos: l.set.Pos, Text: l.set.Section + ": " + l.set.Text}}}
+			Where: []Location{{Pos: l.set.Pos, Text: l.set.Section + ": " + l.set.Text}}}
 		if l.set.Section != l.proxy.String() || len(proxies) > 1 {
 			f.Where[0].Text += ", for " + proxyNames(proxies)
 		}
@@ -835,16 +835,16 @@ func (in *Checked) sysctls() (findings []Finding) {
 }
 
 // place is a sysctl with its value, and whose namespace it is of.
-func (in *Checked) place(s *space, name string) Place {
+func (in *Checked) place(s *space, name string) Location {
 	text := fmt.Sprintf("%s = %d", name, s.sysctls[name])
 	if in.isOwn(s) {
-		return Place{Text: text}
+		return Location{Text: text}
 	}
 	where := fmt.Sprint(s.inode)
 	if called := in.Netns(s.inode); called != "" {
 		where = called
 	}
-	return Place{Text: fmt.Sprintf("%s in network namespace %s, of %s", text, where, processLabel(s.processes[0]))}
+	return Location{Text: fmt.Sprintf("%s in network namespace %s, of %s", text, where, processLabel(s.processes[0]))}
 }
 
 func (in *Checked) isOwn(s *space) bool { return s.inode == 0 || s.inode == in.OwnNetns }
@@ -865,10 +865,10 @@ func (in *Checked) finTimeout(s *space) []Finding {
 		return nil
 	}
 	value := time.Duration(seconds) * time.Second
-	life := span(limits.Rules{}.For(events.Minisock, events.Timers{FinTimeout: value}).Duration)
+	life := span(limits.Rules{}.For(events.Minisock, events.Timers{FinTimeout: value}, 0).Duration)
 	half := span(value - limits.TimeWaitLen)
 	const held = "Connections that HAProxy holds are not touched by it: their timers are its own."
-	f := Finding{Where: []Place{in.place(s, events.SysctlFinTimeout)},
+	f := Finding{Where: []Location{in.place(s, events.SysctlFinTimeout)},
 		Fix:    []Edit{in.set(s, events.SysctlFinTimeout, 60)},
 		Verify: "`fintrace list --stage minisock` has nothing older than a minute."}
 	switch {
@@ -928,7 +928,7 @@ func (in *Checked) tables(s *space) (findings []Finding) {
 		_, short, _ := strings.Cut(table.name, "ipv4.")
 		findings = append(findings, Finding{ID: table.id, Severity: severity,
 			Title:  fmt.Sprintf("%s %d is less than the %d sessions that HAProxy may have", short, value, sessions),
-			Where:  []Place{in.place(s, table.name)},
+			Where:  []Location{in.place(s, table.name)},
 			Why:    table.why,
 			Fix:    []Edit{in.set(s, table.name, roomy(sessions))},
 			Verify: "`ss -s` has the numbers of orphaned and timewait sockets."})
@@ -996,9 +996,9 @@ func (in *Checked) conntrack(s *space) []Finding {
 		f.Severity = Info
 		f.Why = "This one counts until our FIN is acknowledged, or where conntrack sees one direction only. After it a stateful firewall drops the peer's packets as INVALID."
 	}
-	place := Place{Pos: longest.proxy.Pos, Text: longest.proxy.String()}
+	place := Location{Pos: longest.proxy.Pos, Text: longest.proxy.String()}
 	if longest.fin.By.IsSet() {
-		place = Place{Pos: longest.fin.By.Pos, Text: longest.fin.By.Section + ": " + longest.fin.By.Text}
+		place = Location{Pos: longest.fin.By.Pos, Text: longest.fin.By.Section + ": " + longest.fin.By.Text}
 	}
 	f.Where = append(f.Where, place)
 	if d := longest.fin.Duration; d > 0 && d <= finLong {

@@ -216,7 +216,7 @@ func TestCheckProcesses(t *testing.T) {
 
 func TestSortFindings(t *testing.T) {
 	at := func(s Severity, file string, line int) Finding {
-		return Finding{Severity: s, Where: []Place{{Pos: haproxy.Pos{File: file, Line: line}}}}
+		return Finding{Severity: s, Where: []Location{{Pos: haproxy.Pos{File: file, Line: line}}}}
 	}
 	findings := []Finding{{ID: "sysctl"}, at(Info, "b", 1), at(Warning, "b", 7), at(Warning, "a", 9), at(Warning, "a", 2), {Severity: Critical}}
 	SortFindings(findings, []string{"a", "b"})

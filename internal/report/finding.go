@@ -54,19 +54,19 @@ type Finding struct {
 	Severity Severity
 	ID       string // stable: scripts know findings by it
 	Title    string // one sentence, with the figures
-	Where    []Place
+	Where    []Location
 	Why      string
 	Fix      []Edit
 	Verify   string // how to see that it worked
 }
 
-// Place is where something was found: a line of a file, or what Text says.
-type Place struct {
+// Location is where something was found: a line of a file, or what Text says.
+type Location struct {
 	Pos  haproxy.Pos
 	Text string // what stands there, or who is meant
 }
 
-func (p Place) String() string {
+func (p Location) String() string {
 	switch {
 	case p.Pos.File == "":
 		return Clean(p.Text)

@@ -27,9 +27,13 @@ func List(w io.Writer, conns []track.Conn, style Style) error {
 		{title: "STAGE", drop: 2},
 		{title: "LOCAL"},
 		{title: "PEER"},
-		{title: "SIDE", drop: 5},
-		{title: "PROCESS", drop: 3},
-		{title: "LIMIT", drop: 1},
+		{title: "SIDE", drop: 6},
+		{title: "PROCESS", drop: 4},
+		{title: "PROXY", drop: 3},
+		{title: "LIMIT", most: 33, drop: 1},
+	}
+	if !slices.ContainsFunc(conns, func(c track.Conn) bool { return c.Place != nil }) {
+		columns[proxyInList].drop = dropped
 	}
 	rows := make([][]string, len(conns))
 	for i := range conns {
@@ -39,9 +43,32 @@ func List(w io.Writer, conns []track.Conn, style Style) error {
 			limit = "PAST " + limit
 		}
 		rows[i] = []string{age(c), c.Stage.String(), c.Flow.Local.String(), c.Flow.Remote.String(),
-			c.Side.String(), processName(c.Process), limit}
+			c.Side.String(), processName(c.Process), proxyName(c), limit}
 	}
-	return print(w, table(columns, rows, style.Width), style, func(row int) bool { return conns[row].Overdue })
+	lines := table(columns, rows, style.Width)
+	for i := range conns {
+		lines[i+1] = style.shorten(lines[i+1], rows[i][len(columns)-1])
+	}
+	return print(w, lines, style, func(row int) bool { return conns[row].Overdue })
+}
+
+const proxyInList = 6
+
+// proxyName is where in HAProxy a connection belongs: "www", "app/web1",
+// and of a worker that a reload has replaced "www (old worker)".
+func proxyName(c *track.Conn) string {
+	p := c.Place
+	if p == nil {
+		return "-"
+	}
+	name := p.Name()
+	if p.Server != "" {
+		name += "/" + p.Server
+	}
+	if p.Process.Old {
+		name += " (old worker)"
+	}
+	return name
 }
 
 // print writes a table's lines: the titles bold, the marked rows red.
@@ -70,7 +97,7 @@ type Group struct {
 }
 
 // Keys are what connections can be grouped by.
-var Keys = []string{"peer", "port", "process", "stage"}
+var Keys = []string{"peer", "port", "process", "proxy", "stage"}
 
 // GroupBy groups connections, the largest group first. Keys must be of Keys.
 func GroupBy(conns []track.Conn, keys []string) []Group {
@@ -112,6 +139,8 @@ func keyOf(c *track.Conn, key string) string {
 		return serviceOf(c).String()
 	case "process":
 		return processName(c.Process)
+	case "proxy":
+		return proxyName(c)
 	}
 	return c.Stage.String()
 }

@@ -34,27 +34,32 @@ type Live struct {
 	columns []column
 }
 
-// NewLive prints to w.
-func NewLive(w io.Writer, style Style, names *Names) *Live {
-	columns := fit([]column{
-		{title: "TIME", width: 8, drop: 4},
+// NewLive prints to w. Proxies adds the column for those of HAProxy.
+func NewLive(w io.Writer, style Style, names *Names, proxies bool) *Live {
+	all := []column{
+		{title: "TIME", width: 8, drop: 5},
 		{title: "EVENT", width: 9},
 		{title: "AGE", width: 7, right: true},
 		{title: "STAGE", width: 8, drop: 3},
 		{title: "PORT", width: 5, right: true},
-		{title: "LOCAL", width: 21, drop: 6},
+		{title: "LOCAL", width: 21, drop: 7},
 		{title: "PEER", width: 21},
-		{title: "SIDE", width: 8, drop: 5},
-		{title: "PROCESS", width: 18, drop: 2},
+		{title: "SIDE", width: 8, drop: 6},
+		{title: "PROCESS", width: 18, drop: 4},
+		{title: "PROXY", width: 12, drop: 2},
 		{title: "WHY", width: 33, drop: 1},
-	}, style.Width)
+	}
+	if !proxies {
+		all[proxyColumn].drop = dropped
+	}
+	columns := fit(all, style.Width)
 	if columns[localColumn].drop != dropped {
 		columns[portColumn].drop = dropped // It is in LOCAL.
 	}
 	return &Live{w: w, style: style, names: names, columns: columns}
 }
 
-const portColumn, localColumn = 4, 5
+const portColumn, localColumn, proxyColumn = 4, 5, 9
 
 // Header prints the names of the columns.
 func (l *Live) Header() error {
@@ -75,9 +80,10 @@ func (l *Live) Notice(n *track.Notice) error {
 		c.Flow.Remote.String(),
 		c.Side.String(),
 		processName(c.Process),
+		proxyName(c),
 		why(n),
 	}
-	text := l.shorten(line(l.columns, cells), cells[len(cells)-1])
+	text := l.style.shorten(line(l.columns, cells), cells[len(cells)-1])
 	switch {
 	case n.Kind == track.Overdue:
 		text = l.style.paint("31", text)
@@ -90,12 +96,12 @@ func (l *Live) Notice(n *track.Notice) error {
 
 // shorten makes a line fit the terminal if that takes a part of its last cell
 // only: it is better that an address wraps than that it is cut.
-func (l *Live) shorten(text, last string) string {
-	over := utf8.RuneCountInString(text) - l.style.Width
-	if l.style.Width == 0 || over <= 0 || over >= utf8.RuneCountInString(last) || !strings.HasSuffix(text, last) {
+func (s Style) shorten(text, last string) string {
+	over := utf8.RuneCountInString(text) - s.Width
+	if s.Width == 0 || over <= 0 || over >= utf8.RuneCountInString(last) || !strings.HasSuffix(text, last) {
 		return text
 	}
-	return string([]rune(text)[:l.style.Width-1]) + "…"
+	return string([]rune(text)[:s.Width-1]) + "…"
 }
 
 // why is the sentence at the end of a line: what happened, in the terms of the kind.

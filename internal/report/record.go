@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/track"
 )
 
@@ -46,6 +47,38 @@ type Record struct {
 	Comm        string    `json:"comm,omitempty"`
 	ClosedBy    string    `json:"closed_by,omitempty"`
 	Cgroup      string    `json:"cgroup,omitempty"`
+	HAProxy     *Place    `json:"haproxy,omitempty"`
+}
+
+// Place is where in HAProxy a connection belongs, as JSON.
+type Place struct {
+	Proxy   string   `json:"proxy,omitempty"`
+	Proxies []string `json:"proxies,omitempty"` // in place of Proxy, where it may be any of several
+	Side    string   `json:"side"`              // client, server
+	Server  string   `json:"server,omitempty"`
+	// Old: its process has been told to finish by a reload.
+	Old bool `json:"old_worker"`
+	// Timeout is when HAProxy ends it if it is held and its peer silent; absent
+	// where nothing does, or it is not known what.
+	Timeout *float64 `json:"timeout_seconds,omitempty"`
+}
+
+func newPlace(p *haproxy.Place) *Place {
+	if p == nil {
+		return nil
+	}
+	place := &Place{Proxy: p.Name(), Side: p.Side.String(), Server: p.Server, Old: p.Process.Old}
+	if !p.Certain() {
+		place.Proxy = ""
+		for _, px := range p.Proxies {
+			place.Proxies = append(place.Proxies, px.Name)
+		}
+	}
+	if timeout, known := p.Ends(); known && timeout.Duration > 0 {
+		seconds := timeout.Duration.Seconds()
+		place.Timeout = &seconds
+	}
+	return place
 }
 
 // NewRecord is the record of a connection at a time; kind is "" where nothing
@@ -71,6 +104,7 @@ func NewRecord(kind string, at events.Time, c *track.Conn, names *Names) Record 
 		Comm:        c.Process.Name(),
 		ClosedBy:    c.ClosedBy.String(),
 		Cgroup:      names.Cgroup(c.Process.Cgroup),
+		HAProxy:     newPlace(c.Place),
 	}
 	if c.StagesKnown {
 		held, orphaned, minisock := c.Held.Seconds(), c.Orphaned.Seconds(), c.Minisock.Seconds()

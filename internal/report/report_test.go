@@ -151,7 +151,7 @@ func flow(local, remote string) events.Flow {
 
 var timers = events.Timers{FinTimeout: 60 * time.Second, RTO: 200 * time.Millisecond}
 
-func limit(stage events.Stage) limits.Limit { return limits.Rules{}.For(stage, timers) }
+func limit(stage events.Stage) limits.Limit { return limits.Rules{}.For(stage, timers, 0) }
 
 // conns are one of each sort.
 func conns() []track.Conn {
@@ -237,7 +237,7 @@ func TestLive(t *testing.T) {
 	for name, width := range widths {
 		t.Run(name, func(t *testing.T) {
 			var b strings.Builder
-			live := NewLive(&b, Style{Width: width}, names)
+			live := NewLive(&b, Style{Width: width}, names, false)
 			if err := live.Header(); err != nil {
 				t.Fatal(err)
 			}
@@ -268,7 +268,7 @@ func TestColor(t *testing.T) {
 
 func TestTransition(t *testing.T) {
 	var b strings.Builder
-	live := NewLive(&b, Style{}, names)
+	live := NewLive(&b, Style{}, names, false)
 	f := flow("10.0.0.1:443", "203.0.113.77:51234")
 	for _, was := range []time.Duration{-1, 0, 1400 * time.Millisecond} {
 		if err := live.Transition(start, f, "ESTABLISHED", "FIN_WAIT1", was, proc(7, "ev\nil")); err != nil {

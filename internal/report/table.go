@@ -15,6 +15,7 @@ import (
 type column struct {
 	title string
 	width int // at least
+	most  int // of the last column, where more may be cut: what it is given room for; 0: all
 	right bool
 	drop  int
 }
@@ -35,6 +36,9 @@ func fit(columns []column, width int) []column {
 	const gap = 2
 	room := width + gap
 	for _, c := range order {
+		if c.drop == dropped {
+			continue
+		}
 		if c.drop > 0 && room < c.width+gap {
 			c.drop = dropped
 			continue
@@ -79,6 +83,9 @@ func table(columns []column, rows [][]string, width int) []string {
 		columns[i].width = max(columns[i].width, utf8.RuneCountInString(columns[i].title))
 		for _, row := range rows {
 			columns[i].width = max(columns[i].width, utf8.RuneCountInString(row[i]))
+		}
+		if columns[i].most > 0 {
+			columns[i].width = min(columns[i].width, columns[i].most)
 		}
 	}
 	columns = fit(columns, width)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
 )
 
@@ -16,6 +17,7 @@ type conn struct {
 	process events.Process
 	flow    events.Flow
 	netns   uint32
+	place   uint32 // of HAProxy's, by number
 
 	since    events.Time // the entry into FIN_WAIT2, or the earliest that is known
 	closed   events.Time // when the last process gave it up; 0 while held
@@ -60,7 +62,7 @@ func (c *conn) limit(rules *limits.Rules) limits.Limit {
 	if c.oddTimer {
 		return limits.FromTimer(c.deadline.Sub(c.closed))
 	}
-	return rules.For(c.stage, c.timers())
+	return rules.For(c.stage, c.timers(), c.place)
 }
 
 // limitFrom is when the limit began to run.
@@ -79,6 +81,7 @@ type Conn struct {
 	Side    events.Side
 	Stage   events.Stage // the last it was in
 	Process events.Process
+	Place   *haproxy.Place // the proxy of HAProxy that it belongs to, nil if to none
 	// ClosedBy is how our FIN was sent, or that the process has closed since; 0 unknown.
 	ClosedBy events.ClosedBy
 
@@ -118,6 +121,9 @@ func (t *Tracker) view(c *conn, now events.Time) Conn {
 		StagesKnown: !c.unsplit,
 		Limit:       c.limit(&t.rules),
 		Overdue:     c.overdue,
+	}
+	if c.place != 0 {
+		v.Place = t.rules.HAProxy.Place(c.place)
 	}
 	if c.unsplit {
 		return v

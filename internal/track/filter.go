@@ -16,6 +16,7 @@ type Filter struct {
 	Ports       []uint16       // local or remote
 	Peers       []netip.Prefix // of the remote address
 	Processes   []string       // name or pid
+	Proxies     []string       // of HAProxy, by name
 	Netns       []uint32       // inode
 	Side        events.Side
 	Stage       events.Stage
@@ -32,6 +33,7 @@ func (f *Filter) Match(c *Conn) bool {
 			return c.Process.Known() &&
 				(name == c.Process.Name() || name == strconv.FormatUint(uint64(c.Process.PID), 10))
 		}) &&
+		matchesAny(f.Proxies, func(name string) bool { return c.Place != nil && c.Place.Has(name) }) &&
 		f.MatchFlow(&c.Flow)
 }
 

@@ -151,6 +151,7 @@ func (t *Tracker) seed(s *events.Socket) {
 	c.side = t.sideOf(s.Accepted, s.Netns, s.Flow.Local.Port)
 	c.alive = s.Time
 	c.process = s.Process
+	t.locate(c)
 	c.setTimers(s.Timers)
 	if c.stage == events.Held && c.process.Known() {
 		c.closedBy = events.ByShutdown
@@ -185,7 +186,7 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 		c.closed = s.Time
 		return
 	}
-	limit := t.rules.For(c.stage, timers).Duration
+	limit := t.rules.For(c.stage, timers, c.place).Duration
 	miniLife := limits.FinTime(timers)
 	above60 := miniLife > limits.TimeWaitLen
 	if above60 {

@@ -128,8 +128,28 @@ func (t *Tracker) Get(cookie uint64, now events.Time) (Conn, bool) {
 func (t *Tracker) SetProcess(cookie uint64, p events.Process) {
 	if i, ok := t.table[cookie]; ok && !t.slab.at(i).process.Known() {
 		t.slab.at(i).process = p
+		t.locate(t.slab.at(i))
+		t.arm(i)
 	}
 }
+
+// SetRules replaces the rules, as of now. The notices are valid until the next
+// call of a method that returns some.
+func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
+	t.notices = t.notices[:0]
+	t.rules = rules
+	for _, i := range t.table {
+		c := t.slab.at(i)
+		t.locate(c)
+		if t.relimit(i, now) {
+			t.notify(Recovered, c, now)
+		}
+	}
+	return t.notices
+}
+
+// locate finds out which proxy of HAProxy c belongs to.
+func (t *Tracker) locate(c *conn) { c.place = t.rules.Place(c.netns, c.flow, c.side, c.process.PID) }
 
 // All calls fn for each connection, in no order, as of now.
 func (t *Tracker) All(now events.Time, fn func(Conn)) {
@@ -178,6 +198,7 @@ func (t *Tracker) enter(ev *events.Event) {
 		c.since, c.inexact = ev.Time, false
 		if c.stage == events.Held && ev.Process.Known() {
 			c.process, c.closedBy = ev.Process, events.ByShutdown
+			t.locate(c)
 		}
 		if t.relimit(i, ev.Time) {
 			t.notify(Recovered, c, ev.Time)
@@ -214,6 +235,7 @@ func (t *Tracker) close(ev *events.Event) {
 	c.alive = ev.Time
 	if ev.Process.Known() {
 		c.process = ev.Process
+		t.locate(c)
 	}
 	c.closedBy = events.ByClose
 	c.setTimers(ev.Timers)
@@ -338,6 +360,7 @@ func (t *Tracker) open(ev *events.Event) index {
 	c.alive = ev.Time
 	c.setTimers(ev.Timers)
 	c.side = t.sideOf(ev.Accepted, ev.Netns, ev.Flow.Local.Port)
+	t.locate(c)
 	return i
 }
 
@@ -368,7 +391,7 @@ func (t *Tracker) orphan(c *conn, ev *events.Event) {
 	t.setStage(c, events.Orphaned)
 	c.closedBy = events.ByClose
 	c.closed = ev.Time
-	c.deadline = ev.Time.Add(t.rules.For(events.Orphaned, ev.Timers).Duration)
+	c.deadline = ev.Time.Add(t.rules.For(events.Orphaned, ev.Timers, c.place).Duration)
 }
 
 // arm sets the one timer of a connection.
