@@ -5,7 +5,7 @@ export CGO_ENABLED = 0
 # Root runs things as it is; others by sudo.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help build run demo list generate test bench clean
+.PHONY: help build run demo list generate haproxies test bench clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ list: build ## build and run `fintrace list`
 
 generate: ## rebuild the BPF objects and their bindings (needs clang-19)
 	go generate ./...
+
+haproxies: ## fetch the HAProxy versions that tests run beside the system's (Debian)
+	internal/haproxytest/fetch
 
 test: ## check formats, licences and generated files, and run all tests
 	@.ci/check

@@ -42,6 +42,10 @@ var rooms = map[string]room{
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},
 		why: "it reports facts, and decides nothing about them",
 	},
+	"internal/haproxytest": {
+		may: []string{module + "internal/kerneltest", "golang.org/x/sys/unix"},
+		why: "it runs the real HAProxy to judge the program by, and has to know nothing of that",
+	},
 }
 
 // What the pure rooms may not use of the standard library either.
