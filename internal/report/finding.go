@@ -136,18 +136,19 @@ func SortFindings(findings []Finding, files []string) {
 	})
 }
 
-// paper is the width of text that is pasted into a mail or a forum.
-const paper = 80
+// paper is how wide text may be that is pasted into a mail or a forum.
+func (s Style) paper() int {
+	if s.Width > 0 {
+		return min(s.Width, 80)
+	}
+	return 80
+}
 
 // Findings prints findings as text, an empty line after each.
 func Findings(w io.Writer, findings []Finding, style Style) error {
-	width := paper
-	if style.Width > 0 {
-		width = min(width, style.Width)
-	}
 	var b strings.Builder
 	for i := range findings {
-		findings[i].print(&b, width, style)
+		findings[i].print(&b, style.paper(), style)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -296,6 +297,20 @@ func (s CheckSummary) String() string {
 		return "Nothing to change in " + where + "."
 	}
 	return listed(parts) + " in " + where + "."
+}
+
+// PrintCheck prints what a check found, what it could not look at, and its summary.
+func PrintCheck(w io.Writer, findings []Finding, summary CheckSummary, style Style) error {
+	if err := Findings(w, findings, style); err != nil {
+		return err
+	}
+	var b strings.Builder
+	for _, line := range summary.Unlooked {
+		b.WriteString(wrap("not looked at: "+Clean(line), style.paper(), "", "  "))
+	}
+	b.WriteString(wrap(summary.String(), style.paper(), "", "  "))
+	_, err := io.WriteString(w, b.String())
+	return err
 }
 
 // listed is "a", "a and b", "a, b and c".
