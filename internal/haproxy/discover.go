@@ -676,6 +676,9 @@ func (d *discovery) result() Found {
 			if before := d.previous(t); before != nil && before.Config != nil && !before.Changed && before.Version.Known() {
 				p.Config, p.Changed = before.Config, false
 			}
+			if p.Config != nil {
+				p.Interfaces, p.Namespaces = d.interfaces(t.pid, p.Config), g.view.namespaces(p.Config)
+			}
 			found.Processes = append(found.Processes, p)
 		}
 	}
