@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -27,13 +28,14 @@ func haproxyFlags(cmd *cobra.Command) *haproxies {
 // and go with every reload, and their files change: it is looked up anew beside
 // the loop, and the loop takes what has been found.
 type haproxies struct {
-	options haproxy.DiscoverOptions
-	found   haproxy.Found
-	view    *haproxy.View
-	missing bool            // a process of HAProxy has been seen that is not in the view
-	others  map[uint32]bool // that go by its name, and are not in the view after a look
-	running chan haproxy.Found
-	began   events.Time
+	options  haproxy.DiscoverOptions
+	found    haproxy.Found
+	view     *haproxy.View
+	missing  bool               // a process of HAProxy has been seen that is not in the view
+	others   map[uint32]bool    // that go by its name, and are not in the view after a look
+	children map[int]string     // of each master, as last seen
+	running  chan haproxy.Found // of a look that goes on; nil if none does
+	began    events.Time        // the last look
 }
 
 // look looks for them now.
@@ -42,7 +44,9 @@ func (h *haproxies) look(ctx context.Context) {
 	h.take(haproxy.Discover(ctx, h.options))
 }
 
+// take takes what a look has found, and says whether it changes anything.
 func (h *haproxies) take(found haproxy.Found) (changed bool) {
+	h.running = nil
 	changed = !slices.EqualFunc(h.found.Processes, found.Processes, haproxy.SamePlaces)
 	h.found, h.options.Previous = found, found.Processes
 	if changed {
@@ -51,24 +55,38 @@ func (h *haproxies) take(found haproxy.Found) (changed bool) {
 	return changed
 }
 
-// refresh begins a look that is due, and says whether one has ended and found
-// something new.
-func (h *haproxies) refresh(ctx context.Context, now events.Time) bool {
+// refresh begins a look if one is due.
+func (h *haproxies) refresh(ctx context.Context, now events.Time) {
 	wait := reconcileEvery
 	if h.missing {
-		wait = checkEvery
+		wait = hurry
 	}
-	if h.running == nil && now >= h.began.Add(wait) {
-		h.began, h.missing = now, false
-		h.running = make(chan haproxy.Found, 1)
-		go func(to chan<- haproxy.Found, o haproxy.DiscoverOptions) { to <- haproxy.Discover(ctx, o) }(h.running, h.options)
+	if h.running != nil || now < h.began.Add(wait) {
+		return
 	}
-	select {
-	case found := <-h.running:
-		h.running = nil
-		return ctx.Err() == nil && h.take(found)
-	default:
-		return false
+	h.began, h.missing = now, false
+	h.running = make(chan haproxy.Found, 1)
+	go func(to chan<- haproxy.Found, o haproxy.DiscoverOptions) { to <- haproxy.Discover(ctx, o) }(h.running, h.options)
+}
+
+// hurry is between two looks where something is known to be new.
+const hurry = 100 * time.Millisecond
+
+// check asks masters for their children, which is cheap: a reload makes new ones.
+func (h *haproxies) check() {
+	for i := range h.found.Processes {
+		master := h.found.Processes[i].Master
+		if master == 0 {
+			continue
+		}
+		children := haproxy.Children(master)
+		if before, known := h.children[master]; known && before != children {
+			h.missing = true
+		}
+		if h.children == nil {
+			h.children = map[int]string{}
+		}
+		h.children[master] = children
 	}
 }
 

@@ -95,6 +95,12 @@ func (w *watch) run(ctx context.Context) error {
 				drainAt = probe.Now().Add(batchDelay)
 			}
 			continue
+		case found := <-w.haproxies.running:
+			if w.haproxies.take(found) {
+				w.useHAProxies()
+				w.each(w.tracker.SetRules(w.rules, probe.Now()))
+			}
+			continue
 		case <-timer.C:
 		}
 		now = probe.Now()
@@ -113,10 +119,7 @@ func (w *watch) run(ctx context.Context) error {
 			}
 		}
 		w.advance(now)
-		if w.haproxies.refresh(ctx, now) {
-			w.useHAProxies()
-			w.each(w.tracker.SetRules(w.rules, now))
-		}
+		w.haproxies.refresh(ctx, now)
 	}
 }
 
@@ -188,6 +191,7 @@ func (w *watch) nextSnapshot() events.Time {
 // check reads the kernel side's counters.
 func (w *watch) check(now events.Time) (err error) {
 	w.checked = now
+	w.haproxies.check()
 	w.counters, err = w.probe.Counters()
 	return err
 }
