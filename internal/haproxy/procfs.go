@@ -214,6 +214,10 @@ func readSome(name string, most int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, most))
 }
 
+// IsName says whether a process of that name may be HAProxy: distributions that
+// have several versions call them haproxy-2.8 or so.
+func IsName(name string) bool { return strings.HasPrefix(name, "haproxy") }
+
 // commandLine is what HAProxy was told by its arguments.
 type commandLine struct {
 	files         []string
