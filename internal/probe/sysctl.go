@@ -44,13 +44,16 @@ func Sysctls(netns uint32) (events.Sysctls, error) {
 	if err := inNamespace(there, func() error { return readSysctls(found, events.SysctlNames()...) }); err != nil {
 		return found, fmt.Errorf("sysctls of network namespace %d: %w", netns, err)
 	}
-	if _, ok := found[events.SysctlMaxOrphans]; !ok {
-		// The kernel has one for all (ipv4_table of net/ipv4/sysctl_net_ipv4.c),
-		// and shows it in the first namespace only.
-		if first, err := os.Open("/proc/1/ns/net"); err == nil {
-			defer first.Close()
-			// Without it the value is unknown, which is what absence says.
+	// The kernel has one tcp_max_orphans for all (ipv4_table of
+	// net/ipv4/sysctl_net_ipv4.c), and shows it in the first namespace only:
+	// that may be ours, or that of init. If not, it stays absent.
+	for _, path := range []string{"/proc/thread-self/ns/net", "/proc/1/ns/net"} {
+		if _, ok := found[events.SysctlMaxOrphans]; ok {
+			break
+		}
+		if first, err := os.Open(path); err == nil {
 			_ = inNamespace(first, func() error { return readSysctls(found, events.SysctlMaxOrphans) })
+			first.Close()
 		}
 	}
 	return found, nil

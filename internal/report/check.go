@@ -381,8 +381,9 @@ func (k *checker) frontendsWithout(fe frontends, global int, known bool) {
 	if known && len(fe.undecided) == 0 {
 		share = (global*10/22 - fe.sum) / len(fe.none)
 	}
+	tight := share < 1
 	edit := Edit{Do: After, Text: "write for example (equal parts of what the global one has room for)"}
-	if share < 1 {
+	if tight {
 		share = 1000
 		edit.Text = "write for example (what each needs when it is busiest)"
 	}
@@ -391,6 +392,9 @@ func (k *checker) frontendsWithout(fe frontends, global int, known bool) {
 	}
 	edit.Lines = []string{fmt.Sprintf("    maxconn %d", share)}
 	f.Fix = []Edit{edit}
+	if tight && len(fe.undecided) == 0 && !k.config.Global.Maxconn.Undecided {
+		f.Fix = append(f.Fix, k.globalEdit(fmt.Sprintf("maxconn %d", roomy(fe.sum+share*len(fe.none)))))
+	}
 	f.Verify = "`show stat` on HAProxy's socket has it as slim in the frontends' rows; smax is the most that was needed."
 	k.add(f)
 }
