@@ -138,7 +138,7 @@ func (p *parser) line(line string) {
 	if strings.HasPrefix(trimmed, "[") {
 		return // a scope, which HAProxy reads and uses for nothing
 	}
-	words, err := lex(line, &p.env, p.local)
+	words, err := lex(line, &p.env, p.local, rulesOf(p.version))
 	if err != nil {
 		// HAProxy splits lines into words before it looks at conditions.
 		conds := p.conds
