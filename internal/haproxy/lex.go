@@ -62,7 +62,7 @@ type lexer struct {
 	env   *environment
 	local func(name string) (string, bool) // .FILE, .LINE, .SECTION
 	rules wordRules
-	at    int                              // of line
+	at    int // of line
 	words []word
 	text  []byte // of the word being read
 	start int    // of it in line; -1 outside words
