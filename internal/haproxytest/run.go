@@ -270,11 +270,25 @@ func (h *HAProxy) Stop() {
 	for _, fd := range fds {
 		// A worker ends with its master, or now.
 		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if n, err := unix.Poll(poll, int(patience.Milliseconds())); n != 1 {
+		if err := awaitEnd(fd); err != nil {
 			h.t.Errorf("a worker of HAProxy %s does not end: %v", h.Version, err)
 		}
 		unix.Close(fd)
+	}
+}
+
+// awaitEnd waits for the end of the process that a pidfd is of.
+func awaitEnd(fd int) error {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(patience.Milliseconds()))
+		switch {
+		case n == 1:
+			return nil
+		case err == nil:
+			return fmt.Errorf("not in %s", patience)
+		case !errors.Is(err, unix.EINTR):
+			return err
+		}
 	}
 }
 
