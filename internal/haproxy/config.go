@@ -207,8 +207,9 @@ func (e *Error) Error() string {
 
 // Source is the text of one configuration file.
 type Source struct {
-	Name string
-	Text []byte
+	Name     string
+	Text     []byte
+	Modified time.Time // when it was last written; zero where that means nothing
 }
 
 // Options are what a reader of the files has to be told.

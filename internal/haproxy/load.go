@@ -3,70 +3,120 @@
 package haproxy
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
-	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
+)
+
+// How much is read of one set of files. HAProxy itself has no such limits.
+const (
+	maxSourceBytes = 32 << 20
+	maxDirEntries  = 10_000
 )
 
 // Load reads the files that -f names, in HAProxy's order: as given, and of a
-// directory those that end in .cfg, sorted. Root is put before every path, ""
-// for none; relative paths begin at dir. Sources are named as HAProxy names them.
+// directory those that end in .cfg, sorted. Root is a directory that stands
+// for /, with all symbolic links resolved in it; "" is ours. Relative paths
+// begin at dir. Sources are named as HAProxy names them.
 func Load(root, dir string, paths []string) ([]Source, error) {
+	budget := int64(maxSourceBytes)
+	return view{root, dir}.load(paths, &budget)
+}
+
+// load is Load with a number of bytes that it may read, and takes from it.
+func (v view) load(paths []string, budget *int64) ([]Source, error) {
 	var sources []Source
-	add := func(name string) error {
-		text, err := os.ReadFile(inside(root, dir, name))
-		if err != nil {
-			return unreadable(name, err)
-		}
-		sources = append(sources, Source{Name: name, Text: text})
-		return nil
-	}
 	for _, name := range paths {
-		info, err := os.Stat(inside(root, dir, name))
+		f, info, err := v.open(name)
 		if err != nil {
 			return nil, unreadable(name, err)
 		}
 		if !info.IsDir() {
-			if err := add(name); err != nil {
+			s, err := readSource(f, info, name, budget)
+			f.Close()
+			if err != nil {
 				return nil, err
 			}
+			sources = append(sources, s)
 			continue
 		}
-		entries, err := os.ReadDir(inside(root, dir, name))
-		if err != nil {
+		entries, err := f.ReadDir(maxDirEntries)
+		f.Close()
+		if err != nil && err != io.EOF {
 			return nil, unreadable(name, err)
 		}
-		for _, e := range entries { // sorted
+		if len(entries) == maxDirEntries {
+			return nil, unreadable(name, fmt.Errorf("there are %d files or more in it", maxDirEntries))
+		}
+		slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+		for _, e := range entries {
 			// As HAProxy looks for it: a.cfg.cfg is not one.
 			_, after, found := strings.Cut(e.Name(), ".cfg")
-			file := name + "/" + e.Name()
 			if !found || after != "" || strings.HasPrefix(e.Name(), ".") {
 				continue
 			}
-			if info, err := os.Stat(inside(root, dir, file)); err != nil || !info.Mode().IsRegular() {
-				continue
+			file := name + "/" + e.Name()
+			if at, info, err := v.find(file); err == nil {
+				at.Close()
+				if !info.Mode().IsRegular() {
+					continue
+				}
 			}
-			if err := add(file); err != nil {
+			f, info, err := v.open(file)
+			if err != nil {
+				return nil, unreadable(file, err)
+			}
+			s, err := readSource(f, info, file, budget)
+			f.Close()
+			if err != nil {
 				return nil, err
 			}
+			sources = append(sources, s)
 		}
 	}
 	return sources, nil
 }
 
-func inside(root, dir, name string) string {
-	if !filepath.IsAbs(name) {
-		name = filepath.Join(dir, name)
+// readSource reads no more of a regular file than its size: a file of procfs
+// has none, and reading some of those waits, or takes what others wait for.
+func readSource(f *os.File, info fs.FileInfo, name string, budget *int64) (Source, error) {
+	s := Source{Name: name}
+	if info.Size() > *budget {
+		return s, unreadable(name, errTooLarge)
 	}
-	return filepath.Join(root, name)
+	limit := *budget + 1
+	if info.Mode().IsRegular() {
+		s.Modified = info.ModTime()
+		limit = info.Size()
+	}
+	text, err := io.ReadAll(io.LimitReader(f, limit))
+	switch {
+	case err != nil:
+		return s, unreadable(name, err)
+	case int64(len(text)) > *budget:
+		return s, unreadable(name, errTooLarge)
+	}
+	*budget -= int64(len(text))
+	s.Text = text
+	return s, nil
 }
 
+var errTooLarge = fmt.Errorf("it is too large to be a configuration: more than %d MB", maxSourceBytes>>20)
+
 func unreadable(name string, err error) error {
-	if os.IsPermission(err) {
+	if errors.Is(err, fs.ErrPermission) {
 		return &Error{Pos{File: name}, "permission denied: run as root, or as a user who may read it"}
 	}
-	if pathError, ok := err.(*os.PathError); ok {
+	if errors.Is(err, syscall.ENOSYS) {
+		return &Error{Pos{File: name}, "cannot be read in another root: openat2(2) is missing, which came with Linux 5.6"}
+	}
+	var pathError *fs.PathError
+	if errors.As(err, &pathError) {
 		err = pathError.Err
 	}
 	return &Error{Pos{File: name}, fmt.Sprintf("cannot be read: %v", err)}

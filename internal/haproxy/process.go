@@ -59,4 +59,6 @@ type Process struct {
 	Servers                []ServerAddr
 	// Problems say in a line each what could not be looked at.
 	Problems []string
+
+	ticks uint64 // since boot when it started, which clocks that are set do not change
 }
