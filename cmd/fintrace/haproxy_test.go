@@ -13,6 +13,7 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/haproxytest"
 	"github.com/fintrace/fintrace/internal/kerneltest"
+	"github.com/fintrace/fintrace/internal/report"
 )
 
 // The timeouts of the configurations. What may happen and what must not are
@@ -370,6 +371,11 @@ func (r reload) run(t *testing.T, tr *jsonTrace, ns *kerneltest.Namespace, v hap
 		}
 	}
 	p.check(t, tr, old, r.want)
+	if r.mode == haproxytest.MasterWorker && r.want.from != theReload {
+		if c := tr.await(t, p.key(), "closed"); !c.HAProxy.Old {
+			t.Error("nothing says that it is of a worker that the reload has replaced")
+		}
+	}
 }
 
 // runSlot is about what a connection occupies: a slot while it is held, and none
@@ -476,6 +482,7 @@ func (p *play) check(t *testing.T, tr *jsonTrace, pid int, want outcome) {
 	if side := p.c.side; c.Side != side.String() || c.Comm != "haproxy" || int(c.PID) != pid {
 		t.Errorf("side %s of %s[%d], want %s of haproxy[%d]", c.Side, c.Comm, c.PID, side, pid)
 	}
+	p.checkPlace(t, tr.about(p.key(), ""), want)
 	if t.Failed() {
 		t.Logf("held for %s, in the minisock for %s, FIN at %s; cause %s, last activity %s, reload %s",
 			held, minisock, clock(c.Since), p.cause, p.last, p.reloaded)
@@ -483,3 +490,31 @@ func (p *play) check(t *testing.T, tr *jsonTrace, pid int, want outcome) {
 }
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+// checkPlace looks at what the records say of HAProxy, once it is known to the
+// trace: which proxy and server, and the timeout that will end the connection.
+func (p *play) checkPlace(t *testing.T, records []report.Record, want outcome) {
+	t.Helper()
+	last := records[len(records)-1].HAProxy
+	proxy, server, base := p.c.proxy, "", "client"
+	if p.c.side == events.Outbound {
+		proxy, server, base = p.c.backend(), "origin", "server"
+	}
+	if last == nil || last.Proxy != proxy || last.Server != server || last.Side != base {
+		t.Errorf("of %+v, want %s %q on the %s's side", last, proxy, server, base)
+		return
+	}
+	if want.held == 0 || want.from == theReload {
+		return
+	}
+	if last.Timeout == nil || *last.Timeout != want.held.Seconds() {
+		t.Errorf("HAProxy is said to end it after %v s, and does after %s", last.Timeout, want.held)
+	}
+	name := map[time.Duration]string{finOnly: base + "-fin", plainTimeout: base, tunnelled: "tunnel"}[want.held]
+	words := fmt.Sprintf("timeout %s %s", name, want.held)
+	for _, r := range records {
+		if r.HAProxy != nil && r.Stage == events.Held.String() && !strings.Contains(r.LimitSource, words) {
+			t.Errorf("%s, while held: its limit is by %q, want %s", r.Kind, r.LimitSource, words)
+		}
+	}
+}
