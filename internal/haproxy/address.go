@@ -4,6 +4,7 @@ package haproxy
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -150,22 +151,30 @@ var (
 		"on-marked-down on-marked-up pool-conn-name pool-low-conn pool-max-conn pool-purge-delay port proto proxy-v2-options redir " +
 		"resolve-net resolve-opts resolve-prefer resolvers rise shard sigalgs slowstart sni socks4 source ssl-max-ver ssl-min-ver " +
 		"tcp-md5sig tcp-ut track usesrc verify verifyhost weight ws")
+	bindRequired   = words("interface maxconn namespace")
+	serverRequired = words("namespace socks4")
 )
 
 // keywords calls fn for each keyword of a bind or server line, with its
-// argument if it has one. It says whether all had the arguments that they need.
-func (p *parser) keywords(w []word, withArgument map[string]bool, fn func(keyword string, argument word)) bool {
+// argument if it has one. An argument that is missing is an error where
+// required names the keyword; HAProxy passes over some others, and says so of
+// the rest itself.
+func (p *parser) keywords(w []word, withArgument, required map[string]bool, fn func(keyword, argument word)) bool {
 	for i := 0; i < len(w); i++ {
 		var argument word
 		keyword := w[i]
 		if withArgument[keyword.text] {
-			if i++; i == len(w) {
+			switch i++; {
+			case i < len(w):
+				argument = w[i]
+			case required[keyword.text]:
 				p.fail(keyword.column+len(keyword.text), "%s needs an argument", keyword.text)
 				return false
+			default:
+				argument.column = keyword.column + len(keyword.text)
 			}
-			argument = w[i]
 		}
-		fn(keyword.text, argument)
+		fn(keyword, argument)
 	}
 	return true
 }
@@ -185,12 +194,9 @@ func (p *parser) bind(w []word) {
 	b := Bind{Pos: p.pos, Undecided: p.state() == undecided}
 	b.Pos.Column = w[0].column
 	offset := 0
-	for text := range strings.SplitSeq(w[1].text, ",") {
+	for text := range strings.SplitSeq(strings.TrimSuffix(w[1].text, ","), ",") {
 		column := w[1].column + offset
 		offset += len(text) + 1
-		if text == "" {
-			continue
-		}
 		expanded, open := p.env.expand(text)
 		if open = open || w[1].open; open {
 			b.Undecided = true
@@ -212,8 +218,8 @@ func (p *parser) bind(w []word) {
 		}
 		b.Addrs = append(b.Addrs, BindAddr{Text: expanded, IP: a.ip, First: uint16(a.first), Last: uint16(a.last)})
 	}
-	ok := p.keywords(w[2:], bindArguments, func(keyword string, argument word) {
-		switch keyword {
+	ok := p.keywords(w[2:], bindArguments, bindRequired, func(keyword, argument word) {
+		switch keyword.text {
 		case "interface":
 			b.Interface = argument.text
 		case "namespace":
@@ -229,7 +235,10 @@ func (p *parser) bind(w []word) {
 		case "accept-proxy":
 			b.AcceptProxy = true
 		case "maxconn":
-			b.Maxconn = p.keywordNumber(keyword, argument)
+			b.Maxconn = p.keywordNumber(keyword, argument, asInt)
+			if b.Maxconn.Value < 0 {
+				p.fail(argument.column, "expected a number of 0 or more, not %q", argument.text)
+			}
 		}
 	})
 	if ok {
@@ -238,8 +247,12 @@ func (p *parser) bind(w []word) {
 }
 
 // keywordNumber is a number on a bind or server line.
-func (p *parser) keywordNumber(keyword string, argument word) Setting[int] {
-	return set(p, []word{{keyword, argument.column - len(keyword) - 1, false}, argument}, leadingInt(argument.text))
+func (p *parser) keywordNumber(keyword, argument word, within func(int64) int64) Setting[int] {
+	w := []word{keyword, argument}
+	if argument.text == "" && !argument.open {
+		w = w[:1]
+	}
+	return set(p, w, p.atol(argument, within))
 }
 
 func (p *parser) serverLine(w []word) {
@@ -248,7 +261,8 @@ func (p *parser) serverLine(w []word) {
 		p.fail(w[0].column, "%s is not allowed in defaults", keyword)
 		return
 	}
-	if p.ineffective(w, p.current.Connects() || p.current.Kind == Defaults, "backend") {
+	if p.current.Kind == Frontend {
+		p.fail(w[0].column, "%s is not allowed in a frontend", keyword)
 		return
 	}
 	if keyword == "default-server" {
@@ -307,26 +321,31 @@ func (p *parser) serverLine(w []word) {
 			s.Port = uint16(a.first)
 		}
 	}
+	same := func(other Server) bool { return other.Name == s.Name && !other.Undecided && other.Count == 1 }
+	if i := slices.IndexFunc(p.current.Servers, same); i >= 0 && !s.Undecided && keyword == "server" {
+		p.fail(rest[0].column, "server %s has the name of the one at %s", s.Name, p.current.Servers[i].Pos)
+		return
+	}
 	if p.serverKeywords(rest[2:], &s) {
 		p.current.Servers = append(p.current.Servers, s)
 	}
 }
 
 func (p *parser) serverKeywords(w []word, s *Server) bool {
-	return p.keywords(w, serverArguments, func(keyword string, argument word) {
-		switch keyword {
+	return p.keywords(w, serverArguments, serverRequired, func(keyword, argument word) {
+		switch keyword.text {
 		case "disabled", "enabled":
-			s.Disabled = keyword == "disabled"
+			s.Disabled = keyword.text == "disabled"
 		case "send-proxy", "send-proxy-v2", "send-proxy-v2-ssl", "send-proxy-v2-ssl-cn":
 			s.SendProxy = true
 		case "no-send-proxy", "no-send-proxy-v2":
 			s.SendProxy = false
 		case "ssl", "no-ssl":
-			s.SSL = keyword == "ssl"
+			s.SSL = keyword.text == "ssl"
 		case "namespace":
 			s.Namespace = argument.text
 		case "maxconn":
-			s.Maxconn = p.keywordNumber(keyword, argument)
+			s.Maxconn = p.keywordNumber(keyword, argument, asUnsigned)
 		case "socks4":
 			if a, wrong := parseAddress(argument.text, portNeeded); wrong == "" && a.ip.IsValid() {
 				s.SOCKS4 = netip.AddrPortFrom(a.ip, uint16(a.first))

@@ -679,8 +679,14 @@ func (d *discovery) result() Found {
 			for _, s := range g.sources {
 				p.Changed = p.Changed || s.Modified.After(p.Start.Add(sameMoment))
 			}
-			if before != nil && before.Config != nil && !before.Changed && (p.Changed || g.config == nil) {
+			// A process never reads its files again. What was read for an unknown
+			// version may be read better now, as long as it is the same text.
+			if before != nil && before.Config != nil && !before.Changed &&
+				(before.Version.Known() || p.Changed || g.config == nil) {
 				p.Config, p.Changed = before.Config, false
+			}
+			if p.Config != nil {
+				p.Interfaces, p.Namespaces = d.interfaces(t.pid, p.Config), g.view.namespaces(p.Config)
 			}
 			found.Processes = append(found.Processes, p)
 		}

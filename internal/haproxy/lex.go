@@ -42,12 +42,27 @@ func isDigit(c byte) bool { return '0' <= c && c <= '9' }
 func isAlpha(c byte) bool { return 'a' <= c|0x20 && c|0x20 <= 'z' }
 func isHex(c byte) bool   { return isDigit(c) || 'a' <= c|0x20 && c|0x20 <= 'f' }
 
+// wordRules are where HAProxy's versions split lines into words differently.
+type wordRules struct {
+	// joins: the quote after a variable that is not set is swallowed with the
+	// spaces behind it, so that the next word goes on where that one ended.
+	joins bool // 2.9 to 3.2
+	// skips: the spaces that an expanded value begins with make no empty word.
+	skips bool // from 3.3 on
+}
+
+func rulesOf(v Version) wordRules {
+	skips := v.AtLeast(3, 3)
+	return wordRules{joins: !skips && (!v.Known() || v.AtLeast(2, 9)), skips: skips}
+}
+
 // A lexer splits one line into words as parse_line() of src/tools.c does.
 type lexer struct {
 	line  string
 	env   *environment
 	local func(name string) (string, bool) // .FILE, .LINE, .SECTION
-	at    int                              // of line
+	rules wordRules
+	at    int // of line
 	words []word
 	text  []byte // of the word being read
 	start int    // of it in line; -1 outside words
@@ -87,8 +102,8 @@ func (l *lexer) finish() {
 
 // lex returns the words of a line, up to the first that is empty, which ends
 // the list for HAProxy.
-func lex(line string, env *environment, local func(string) (string, bool)) ([]word, error) {
-	l := &lexer{line: line, env: env, local: local, start: -1}
+func lex(line string, env *environment, local func(string) (string, bool), rules wordRules) ([]word, error) {
+	l := &lexer{line: line, env: env, local: local, rules: rules, start: -1}
 	quote, quoted := byte(0), 0
 	for l.at < len(line) {
 		c := line[l.at]
@@ -177,7 +192,7 @@ func hexValue(c byte) byte {
 }
 
 // variable reads a $ and what belongs to it. It says whether it swallowed the
-// closing quote, as HAProxy does after a variable that is not set.
+// closing quote.
 func (l *lexer) variable() (closed bool, err error) {
 	dollar := l.at
 	l.at++
@@ -233,7 +248,7 @@ func (l *lexer) variable() (closed bool, err error) {
 	}
 	l.open = l.open || !known
 	if !set {
-		if known && l.peek(0) == '"' {
+		if l.rules.joins && known && l.peek(0) == '"' {
 			l.at++
 			for l.at < len(l.line) && isSpace(l.line[l.at]) {
 				l.at++
@@ -244,6 +259,9 @@ func (l *lexer) variable() (closed bool, err error) {
 	}
 	for i := 0; i < len(value); i++ {
 		if split && isSpace(value[i]) {
+			if l.rules.skips && len(l.text) == 0 {
+				l.start = -1
+			}
 			l.finish()
 			l.open = !known
 			continue

@@ -19,8 +19,8 @@ func Parse(sources []Source, o Options) (*Config, error) {
 	p := &parser{
 		config:   &Config{},
 		version:  o.Version,
-		defaults: map[string]*Proxy{},
-		env:      environment{vars: map[string]string{}, unset: map[string]bool{}, complete: o.EnvComplete},
+		defaults: map[string]*Proxy{}, referenced: map[string]bool{}, ambiguous: map[string]Pos{},
+		env: environment{vars: map[string]string{}, unset: map[string]bool{}, complete: o.EnvComplete},
 	}
 	maps.Copy(p.env.vars, o.Env)
 	p.last = newDefaults()
@@ -52,6 +52,7 @@ type parser struct {
 
 	defaults   map[string]*Proxy // by name
 	referenced map[string]bool   // of them, those that a from has named
+	ambiguous  map[string]Pos    // of them, those of a name that another had, and where
 	last       *Proxy            // the defaults section that proxies inherit without from
 
 	pos     Pos
@@ -100,6 +101,15 @@ func (p *parser) fail(column int, format string, args ...any) {
 	p.stopped = p.stopped || len(p.errors) >= maxErrors
 }
 
+// refuse is fail, but for what 3.4 has an alert for and then accepts.
+func (p *parser) refuse(column int, format string, args ...any) {
+	if p.version.AtLeast(3, 4) {
+		p.note(column, format, args...)
+		return
+	}
+	p.fail(column, format, args...)
+}
+
 func (p *parser) note(column int, format string, args ...any) {
 	pos := p.pos
 	pos.Column = column
@@ -138,7 +148,7 @@ func (p *parser) line(line string) {
 	if strings.HasPrefix(trimmed, "[") {
 		return // a scope, which HAProxy reads and uses for nothing
 	}
-	words, err := lex(line, &p.env, p.local)
+	words, err := lex(line, &p.env, p.local, rulesOf(p.version))
 	if err != nil {
 		// HAProxy splits lines into words before it looks at conditions.
 		conds := p.conds
@@ -375,18 +385,23 @@ func (p *parser) enter(w []word) {
 			return
 		}
 	}
-	if name.text != "" && (kind != Defaults || len(rest) > 0) {
-		if c := invalidInName(name.text); c != 0 {
-			p.fail(name.column, "%q is not permitted in the name %q: only letters, digits, and . : _ -", c, name.text)
-		}
+	if c := invalidInName(name.text); c != 0 && kind != Defaults {
+		p.refuse(name.column, "%q is not permitted in the name %q: only letters, digits, and . : _ -", c, name.text)
 	}
-	if len(rest) > 0 && (rest[0].text != "from" || len(rest) != 2) {
+	var from word
+	if len(rest) > 1 && rest[0].text == "from" {
+		from = rest[1]
+	}
+	if extra := len(rest) - 1; kind == Defaults && (extra == 0 || extra > 1 || extra == 1 && from.text == "") {
+		p.note(rest[extra].column, "HAProxy passes over %q", rest[extra].text)
+	}
+	if kind != Defaults && len(rest) > 0 && (from.text == "" || len(rest) != 2) {
 		at := rest[0]
 		if at.text == "from" && len(rest) > 2 {
 			at = rest[2]
 		}
 		hint := ""
-		if kind != Backend && kind != Defaults {
+		if kind != Backend {
 			hint = "; addresses are given by bind"
 		}
 		p.fail(at.column, "unexpected %q after the name: only from and the name of a defaults section can follow%s", at.text, hint)
@@ -394,10 +409,10 @@ func (p *parser) enter(w []word) {
 	}
 	pos := p.pos
 	pos.Column = w[0].column
+	first := p.defaults[name.text]
 	if kind == Defaults {
-		if p.referenced[name.text] && name.text != "" {
-			p.fail(name.column, "defaults %q was named by a from before and cannot be defined again (first at %s)", name.text, p.defaults[name.text].Pos)
-			p.stopped = p.stopped || p.state() == yes
+		if first != nil && !p.redefine(name) {
+			return
 		}
 	} else {
 		for _, other := range p.config.Proxies {
@@ -408,24 +423,16 @@ func (p *parser) enter(w []word) {
 			}
 		}
 	}
-	from := p.last
+	parent := p.last
 	if kind == Defaults {
-		from = newDefaults()
+		parent = newDefaults()
 	}
-	if len(rest) == 2 && rest[0].text == "from" {
-		named := p.defaults[rest[1].text]
-		if named == nil {
-			p.fail(rest[1].column, "no defaults section before is named %q", rest[1].text)
-			p.stopped = p.stopped || p.state() == yes
+	if from.text != "" {
+		if parent = p.inherit(from); parent == nil {
 			return
 		}
-		from = named
-		if p.referenced == nil {
-			p.referenced = map[string]bool{}
-		}
-		p.referenced[rest[1].text] = true
 	}
-	p.current = from.child(kind, name.text, pos)
+	p.current = parent.child(kind, name.text, pos)
 	p.current.Undecided = p.state() == undecided
 	if kind != Defaults {
 		p.config.Proxies = append(p.config.Proxies, p.current)
@@ -435,6 +442,47 @@ func (p *parser) enter(w []word) {
 	if name.text != "" {
 		p.defaults[name.text] = p.current
 	}
+	if first != nil {
+		p.ambiguous[name.text] = first.Pos
+	}
+}
+
+// redefine takes a second defaults section of a name. It says whether HAProxy
+// reads on.
+func (p *parser) redefine(name word) bool {
+	first := p.defaults[name.text]
+	if p.referenced[name.text] {
+		switch text := fmt.Sprintf("defaults %q was named by a from before and cannot be defined again (first at %s)", name.text, first.Pos); {
+		case !p.version.Known():
+			p.note(name.column, "from 3.1 on HAProxy refuses it: %s", text)
+		case p.version.AtLeast(3, 1):
+			p.fail(name.column, "%s", text)
+			p.stopped = p.stopped || p.state() == yes
+			return false
+		}
+	}
+	if p.version.AtLeast(3, 1) {
+		delete(p.defaults, name.text)
+	}
+	return true
+}
+
+// inherit returns the defaults section that a from names, nil if there is none.
+func (p *parser) inherit(from word) *Proxy {
+	named := p.defaults[from.text]
+	if named == nil {
+		p.fail(from.column, "no defaults section before is named %q", from.text)
+		p.stopped = p.stopped || p.state() == yes
+		return nil
+	}
+	if first, is := p.ambiguous[from.text]; is {
+		p.refuse(from.column, "two defaults sections are named %q: at %s and at %s", from.text, first, named.Pos)
+	}
+	if c := invalidInName(from.text); c != 0 {
+		p.refuse(from.column, "%q is not permitted in the name %q of a defaults section that is used by name", c, from.text)
+	}
+	p.referenced[from.text] = true
+	return named
 }
 
 // invalidInName returns the first byte that a name cannot have, 0 if there is none.
@@ -491,9 +539,8 @@ func set[T any](p *parser, w []word, value T) Setting[T] {
 	return Setting[T]{Value: value, Text: strings.Join(texts, " "), Pos: pos, Section: section, Undecided: open}
 }
 
-// number reads the one number that a keyword takes, as atol(3) does: HAProxy
-// takes "10k" for 10. ok is false after an error.
-func (p *parser) number(w []word) (n int, ok bool) {
+// number reads the one number that a keyword takes. ok is false after an error.
+func (p *parser) number(w []word, within func(int64) int64) (n int, ok bool) {
 	if len(w) < 2 {
 		p.fail(w[0].column+len(w[0].text), "%s needs a number", w[0].text)
 		return 0, false
@@ -501,19 +548,30 @@ func (p *parser) number(w []word) (n int, ok bool) {
 	if !p.atMost(w, 2) {
 		return 0, false
 	}
-	text := w[1].text
-	i := 0
-	if i < len(text) && (text[0] == '-' || text[0] == '+') {
+	return p.atol(w[1], within), true
+}
+
+// How HAProxy stores numbers, which it does not check.
+func asInt(n int64) int64      { return int64(int32(n)) }
+func asUnsigned(n int64) int64 { return int64(uint32(n)) }
+
+// atol reads a number as atol(3) does and as it is stored: HAProxy takes "10k"
+// for 10, without a word.
+func (p *parser) atol(w word, within func(int64) int64) int {
+	text, i := w.text, 0
+	if text != "" && (text[0] == '-' || text[0] == '+') {
 		i++
 	}
 	for i < len(text) && isDigit(text[i]) {
 		i++
 	}
-	v, _ := strconv.ParseInt(text[:i], 10, 32)
-	if i < len(text) && !w[1].open {
-		p.note(w[1].column, "%q is not a number: HAProxy reads it as %d", text, v)
+	v, _ := strconv.ParseInt(text[:i], 10, 64) // the nearest it can hold, as atol
+	if n := within(v); n != v || i < len(text) || text == "" {
+		if v = n; !w.open {
+			p.note(w.column, "%q is not a number that HAProxy can hold: it reads it as %d", text, v)
+		}
 	}
-	return int(v), true
+	return int(v)
 }
 
 // atMost refuses more words than n.
@@ -596,19 +654,27 @@ func (p *parser) global(w []word) {
 			}
 			return
 		}
-		if n, ok := p.number(w); ok {
+		if n, ok := p.number(w, asInt); ok {
 			*s = set(p, w, n)
 		}
 	}
 	switch w[0].text {
 	case "maxconn":
+		if len(w) == 2 && !w[1].open && leadingNumber(w[1].text) != w[1].text && p.version.AtLeast(2, 7) {
+			p.fail(w[1].column, "expected maxconn and a number, not %q", w[1].text)
+			return
+		}
 		number(&g.Maxconn)
 	case "ulimit-n":
 		number(&g.UlimitN)
 	case "fd-hard-limit":
 		number(&g.FDHardLimit)
 	case "nbthread":
-		if n, ok := p.number(w); ok {
+		if len(w) == 2 && !w[1].open && (strings.Trim(w[1].text, "0123456789") != "" || leadingInt(w[1].text) < 1) {
+			p.fail(w[1].column, "expected a number of threads from 1, not %q", w[1].text)
+			return
+		}
+		if n, ok := p.number(w, asInt); ok {
 			g.Nbthread = set(p, w, n)
 		}
 	case "nbproc":
@@ -616,7 +682,7 @@ func (p *parser) global(w []word) {
 			p.fail(w[0].column, "nbproc is not supported since HAProxy 2.5: use nbthread")
 			return
 		}
-		if n, ok := p.number(w); ok {
+		if n, ok := p.number(w, asInt); ok {
 			g.Nbproc = set(p, w, n)
 		}
 	case "hard-stop-after":
@@ -716,11 +782,11 @@ func (p *parser) proxy(w []word, negated, reset bool) {
 			px.Disabled = set(p, w, w[0].text == "disabled")
 		}
 	case "maxconn":
-		if n, ok := p.number(w); ok && !p.ineffective(w, front, "frontend") {
+		if n, ok := p.number(w, asUnsigned); ok && !p.ineffective(w, front, "frontend") {
 			px.Maxconn = set(p, w, n)
 		}
 	case "fullconn":
-		if n, ok := p.number(w); ok && !p.ineffective(w, back, "backend") {
+		if n, ok := p.number(w, asUnsigned); ok && !p.ineffective(w, back, "backend") {
 			px.Fullconn = set(p, w, n)
 		}
 	case "timeout":

@@ -5,6 +5,7 @@ package haproxy
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -53,6 +54,8 @@ func (p *Place) Source() string {
 		return fmt.Sprintf("the configuration has changed since haproxy %d started, and what it runs with is not known", p.Process.PID)
 	case p.Timeout.By.Undecided:
 		return p.Timeout.String() + ", as far as it can be told without HAProxy"
+	case !p.Certain():
+		return p.Timeout.String() + ", or what " + p.Name() + " has"
 	}
 	return p.Timeout.String()
 }
@@ -78,6 +81,7 @@ type worker struct {
 	process   *Process
 	listeners []listener
 	targets   map[netip.AddrPort][]target // port 0: any; an invalid address: any
+	found     []int                       // for reuse by the look-ups
 	places    map[placeKey]uint32
 }
 
@@ -128,8 +132,16 @@ func NewView(processes []Process) *View {
 	return v
 }
 
-// Processes returns the number of processes.
-func (v *View) Processes() int { return len(v.workers) }
+// Knows says whether a process is in the view.
+func (v *View) Knows(pid int) bool { return v.byPID[pid] != nil }
+
+// SamePlaces says whether a and b are one process, of which a View would say
+// the same.
+func SamePlaces(a, b Process) bool {
+	return a.PID == b.PID && a.ticks == b.ticks && a.Netns == b.Netns && a.Old == b.Old && a.Config == b.Config &&
+		a.Changed == b.Changed && a.Version == b.Version && slices.Equal(a.Servers, b.Servers) &&
+		maps.Equal(a.Interfaces, b.Interfaces) && maps.Equal(a.Namespaces, b.Namespaces)
+}
 
 // Place returns the place of a number that Find returned; nil for 0.
 func (v *View) Place(number uint32) *Place { return v.places[number] }
@@ -251,7 +263,7 @@ func (v *View) find(w *worker, s Socket) uint32 {
 // connection, chosen as the kernel does (inet_lookup_listener()): the address
 // first, then the device, then the family.
 func (w *worker) byListener(s Socket) []int {
-	var found []int
+	found := w.found[:0]
 	best := 0
 	ip := s.Local.Addr()
 	for _, l := range w.listeners {
@@ -284,6 +296,7 @@ func (w *worker) byListener(s Socket) []int {
 			found = append(found, l.proxy)
 		}
 	}
+	w.found = found
 	return found
 }
 
@@ -291,6 +304,7 @@ func (w *worker) byListener(s Socket) []int {
 // server if there is one.
 func (w *worker) byTarget(s Socket) (proxies []int, server string) {
 	to := s.Remote
+	proxies = w.found[:0]
 	for _, key := range []netip.AddrPort{
 		to, netip.AddrPortFrom(to.Addr(), 0), netip.AddrPortFrom(netip.Addr{}, to.Port()), {},
 	} {
@@ -309,6 +323,7 @@ func (w *worker) byTarget(s Socket) (proxies []int, server string) {
 			server = ""
 		}
 		if servers > 0 {
+			w.found = proxies
 			return proxies, server
 		}
 	}

@@ -3,10 +3,13 @@
 package limits
 
 import (
+	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
 )
 
 const rto = 200 * time.Millisecond
@@ -113,5 +116,68 @@ func TestFinTime(t *testing.T) {
 		if got := FinTime(test.timers); got != test.want {
 			t.Errorf("FinTime(%+v) = %v, want %v", test.timers, got, test.want)
 		}
+	}
+}
+
+// TestHAProxy: the timeout of HAProxy that ends a held connection is its limit,
+// unless it is the problem itself.
+func TestHAProxy(t *testing.T) {
+	const config = `defaults
+timeout client SECONDS
+FIN
+listen www
+bind :80
+server web 192.0.2.1:8080
+`
+	for _, test := range []struct {
+		name, client, fin string
+		changed           bool
+		want              time.Duration
+		source, text      string
+	}{
+		{"client-fin", "1h", "timeout client-fin 3s", false, 3 * time.Second,
+			"haproxy.cfg:3 defaults timeout client-fin 3s", "haproxy.cfg:3 defaults timeout client-fin 3s"},
+		{"long client-fin is what was asked for", "1h", "timeout client-fin 5m", false, 5 * time.Minute,
+			"haproxy.cfg:3 defaults timeout client-fin 5m", "haproxy.cfg:3 defaults timeout client-fin 5m"},
+		{"short client", "30s", "", false, 30 * time.Second,
+			"haproxy.cfg:2 defaults timeout client 30s (client-fin unset)", "haproxy.cfg:2 defaults timeout client 30s (client-fin unset)"},
+		{"long client", "1h", "", false, time.Minute,
+			"haproxy.cfg:2 defaults timeout client 1h (client-fin unset); net.ipv4.tcp_fin_timeout 60s",
+			"60s; haproxy.cfg:2 defaults timeout client 1h (client-fin unset)"},
+		{"none", "0", "", false, time.Minute,
+			"haproxy.cfg:2 defaults timeout client 0 (client-fin unset); net.ipv4.tcp_fin_timeout 60s",
+			"60s; haproxy.cfg:2 defaults timeout client 0 (client-fin unset)"},
+		{"changed", "1h", "timeout client-fin 3s", true, time.Minute,
+			"the configuration has changed since haproxy 7 started, and what it runs with is not known; net.ipv4.tcp_fin_timeout 60s",
+			"60s; the configuration has changed since haproxy 7 started, and what it runs with is not known"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			text := strings.NewReplacer("SECONDS", test.client, "FIN", test.fin).Replace(config)
+			c, err := haproxy.Parse([]haproxy.Source{{Name: "/etc/haproxy/haproxy.cfg", Text: []byte(text)}}, haproxy.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			rules := Rules{HAProxy: haproxy.NewView([]haproxy.Process{{PID: 7, Netns: 1, Config: c, Changed: test.changed}})}
+			flow := events.Flow{
+				Local:  events.EndpointFrom(netip.MustParseAddrPort("192.0.2.9:80")),
+				Remote: events.EndpointFrom(netip.MustParseAddrPort("192.0.2.77:50000")),
+			}
+			place := rules.Place(1, flow, events.Inbound, 7)
+			timers := events.Timers{FinTimeout: time.Minute}
+			l := rules.For(events.Held, timers, place)
+			if l.Duration != test.want || l.Source() != test.source || l.String() != test.text {
+				t.Errorf("%v by %q, %q", l.Duration, l.Source(), &l)
+			}
+			if closed := rules.For(events.Minisock, timers, place); closed.Duration != time.Minute || closed.Source() != "net.ipv4.tcp_fin_timeout 60s" {
+				t.Errorf("of a minisock: %v by %s", closed.Duration, closed.Source())
+			}
+			rules.Held = 9 * time.Second
+			if own := rules.For(events.Held, timers, place); own.Source() != "--limit 9s" {
+				t.Errorf("with a limit of one's own: %s", own.Source())
+			}
+			if rules.Place(1, flow, events.Outbound, 7) != 0 || rules.Place(1, flow, events.Inbound, 8) != 0 {
+				t.Error("what is not HAProxy's has a place there")
+			}
+		})
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/cockroachdb/datadriven"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
 )
 
@@ -38,9 +39,10 @@ const boot = events.Time(24 * time.Hour)
 
 // A scenario is a tracker and what its file has said so far.
 type scenario struct {
-	tracker *Tracker
-	now     events.Time     // as the last command has it
-	cov     events.Coverage // of the running snapshot
+	tracker   *Tracker
+	now       events.Time       // as the last command has it
+	cov       events.Coverage   // of the running snapshot
+	processes []haproxy.Process // that run
 }
 
 func newScenario() *scenario {
@@ -54,6 +56,7 @@ func newScenario() *scenario {
 //	close   SOCKET                                  FIN_WAIT2 → FIN_WAIT2
 //	leave   SOCKET [dead] [done] [rcvshut] [err=104] FIN_WAIT2 → CLOSE
 //	advance t=62s
+//	haproxy t=5s pid=7 [changed] [alone]            one runs with the configuration below; those before are old, or gone
 //	begin t=70s, observe, end t=71s [covers=1,2] [overflow=3] [reused]
 //	snapshot t=70s ...                              all three
 //	state                                           what is in the table
@@ -80,7 +83,7 @@ func (s *scenario) run(d *datadriven.TestData) (string, error) {
 	}
 	switch d.Cmd {
 	case "new":
-		s.now = boot
+		s.now, s.processes = boot, nil
 		s.tracker = New(limits.Rules{Held: words.duration("held", 0)}, words.number("capacity", 100))
 		return "", nil
 	case "enter", "close", "leave":
@@ -94,6 +97,8 @@ func (s *scenario) run(d *datadriven.TestData) (string, error) {
 		return s.print(s.tracker.Apply(&ev)), nil
 	case "advance":
 		return s.print(s.tracker.Advance(s.now, trusting)), nil
+	case "haproxy":
+		return s.haproxy(d, words)
 	case "begin":
 		s.begin()
 		return "", nil
@@ -109,6 +114,21 @@ func (s *scenario) run(d *datadriven.TestData) (string, error) {
 		return s.state(), nil
 	}
 	return "", fmt.Errorf("no command %q", d.Cmd)
+}
+
+func (s *scenario) haproxy(d *datadriven.TestData, words words) (string, error) {
+	c, err := haproxy.Parse([]haproxy.Source{{Name: "haproxy.cfg", Text: []byte(d.Input + "\n")}}, haproxy.Options{})
+	if err != nil {
+		return "", err
+	}
+	for i := range s.processes {
+		s.processes[i].Old = true
+	}
+	if words.is("alone") {
+		s.processes = nil
+	}
+	s.processes = append(s.processes, haproxy.Process{PID: words.number("pid", 0), Netns: 1, Config: c, Changed: words.is("changed")})
+	return s.print(s.tracker.SetRules(limits.Rules{HAProxy: haproxy.NewView(s.processes)}, s.now)), nil
 }
 
 func (s *scenario) begin() {
@@ -211,6 +231,9 @@ func describe(c *Conn) string {
 		text += fmt.Sprintf(" duration=%v stages=unknown", c.Duration)
 	}
 	text += fmt.Sprintf(" limit=%v (%s)", c.Limit.Duration, c.Limit.Source())
+	if c.Place != nil {
+		text += fmt.Sprintf(" proxy=%s/%s", c.Place.Name(), c.Place.Server)
+	}
 	if c.Process.Known() {
 		text += fmt.Sprintf(" process=%s[%d]", c.Process.Name(), c.Process.PID)
 	}
@@ -230,7 +253,7 @@ func describe(c *Conn) string {
 type words map[string]string
 
 var vocabulary = strings.Fields(`t held capacity cookie netns fin_timeout linger2 rto local remote pid comm accepted
-	dead done rcvshut err covers overflow reused timer entry last_ack port late`)
+	dead done rcvshut err covers overflow reused timer entry last_ack port late changed alone`)
 
 func newWords(args []datadriven.CmdArg) (words, error) {
 	w := words{}
