@@ -259,9 +259,9 @@ func (v *View) find(w *worker, s Socket) uint32 {
 	return v.intern(w, s.Side, proxies, server)
 }
 
-// byListener returns the proxies whose listener would have taken the
-// connection, chosen as the kernel does (inet_lookup_listener()): the address
-// first, then the device, then the family.
+// byListener returns the proxies whose listener has taken the connection. The
+// kernel looks for the address first, then for any (inet_lookup_listener()); the
+// device is that of the listener.
 func (w *worker) byListener(s Socket) []int {
 	found := w.found[:0]
 	best := 0
