@@ -43,7 +43,7 @@ func (p procfs) indices(pid int, file string, index, name, base int, found map[s
 			continue // of igmp, the groups of the interface above
 		}
 		if n, err := strconv.ParseUint(fields[index], base, 32); err == nil {
-			found[fields[name]] = uint32(n)
+			found[strings.TrimSuffix(fields[name], ":")] = uint32(n) // igmp leaves no space after a long one
 		}
 	}
 }

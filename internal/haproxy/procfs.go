@@ -60,7 +60,7 @@ func openProcfs(dir string) (procfs, error) {
 	if err != nil {
 		return p, fmt.Errorf("%s: %w", p.file("uptime"), err)
 	}
-	p.boot = time.Now().Add(-time.Duration(seconds * float64(time.Second)))
+	p.boot = time.Now().Round(0).Add(-time.Duration(seconds * float64(time.Second)))
 	p.mnt, _ = os.Readlink(p.file("self", "ns", "mnt"))
 	p.net = p.namespace("self", "net")
 	return p, nil
