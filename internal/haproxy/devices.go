@@ -51,6 +51,9 @@ func (p procfs) indices(pid int, file string, index, name, base int, found map[s
 // namespaces are the inodes of the network namespaces that a configuration
 // names, as HAProxy looks them up.
 func (v view) namespaces(c *Config) map[string]uint32 {
+	if v.root == "" {
+		return nil // It is not known where it looks them up.
+	}
 	var found map[string]uint32
 	look := func(name string) {
 		if name == "" || strings.Contains(name, "/") {

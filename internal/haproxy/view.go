@@ -151,9 +151,19 @@ func (w *worker) arrange() {
 	for _, s := range w.process.Servers {
 		known[[2]string{s.Backend, s.Server}] = s.Addr
 		for i, px := range w.process.Config.Proxies {
-			if px.Name == s.Backend && px.Connects() && s.Addr.Addr().IsValid() {
-				w.addTarget(s.Addr, target{proxy: i, server: s.Server, netns: w.netns(serverNetns(px, s.Server))})
+			if px.Name != s.Backend || !px.Connects() || !s.Addr.Addr().IsValid() {
+				continue
 			}
+			at, namespace := s.Addr, ""
+			for _, written := range px.Servers {
+				if written.Name == s.Server {
+					namespace = written.Namespace
+					if written.Port == 0 { // HAProxy shows an offset as if it was a port.
+						at = netip.AddrPortFrom(at.Addr(), 0)
+					}
+				}
+			}
+			w.addTarget(at, target{proxy: i, server: s.Server, netns: w.netns(namespace)})
 		}
 	}
 	for i, px := range w.process.Config.Proxies {
@@ -202,15 +212,6 @@ func (w *worker) addTarget(a netip.AddrPort, t target) {
 	if !slices.Contains(w.targets[a], t) {
 		w.targets[a] = append(w.targets[a], t)
 	}
-}
-
-func serverNetns(px *Proxy, server string) string {
-	for _, s := range px.Servers {
-		if s.Name == server {
-			return s.Namespace
-		}
-	}
-	return ""
 }
 
 // netns is the inode of a namespace that the configuration names, else that of
