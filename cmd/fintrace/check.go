@@ -180,7 +180,13 @@ func read(paths []string, version haproxy.Version) (*haproxy.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	return haproxy.Parse(sources, haproxy.Options{Version: version})
+	// What is set here is what HAProxy would see if it was started from here.
+	env := map[string]string{}
+	for _, variable := range os.Environ() {
+		name, value, _ := strings.Cut(variable, "=")
+		env[name] = value
+	}
+	return haproxy.Parse(sources, haproxy.Options{Version: version, Env: env})
 }
 
 // running are the processes that run, but for those that a reload has told to

@@ -55,9 +55,12 @@ type play struct {
 	front  netip.AddrPort // the proxy's
 	origin net.Listener   // the server's
 
-	client *net.TCPConn
-	stream io.ReadWriter // client, or TLS on it
-	server *net.TCPConn
+	client  *net.TCPConn
+	stream  io.ReadWriter // client, or TLS on it
+	server  *net.TCPConn
+	service io.ReadWriter // server, or TLS on it
+
+	certificate *tls.Certificate // of the server, where TLS passes through
 
 	cause    interval // of the FIN, or of the wait for it
 	last     interval // activity
@@ -78,6 +81,14 @@ func newPlay(t *testing.T, ns *kerneltest.Namespace, c *haproxyCase, n int) *pla
 	ns.Do(func() { p.origin, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+n)) })
 	if err != nil {
 		t.Fatal(err)
+	}
+	if c.passThrough {
+		pair := writeCertificate(t, t.TempDir())
+		certificate, err := tls.LoadX509KeyPair(pair, pair)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.certificate = &certificate
 	}
 	t.Cleanup(func() {
 		p.origin.Close()
@@ -120,14 +131,40 @@ func (p *play) run() (err error) {
 	if err := p.client.SetDeadline(time.Now().Add(playTime)); err != nil {
 		return err
 	}
-	if p.c.bind != "" {
-		secure := tls.Client(p.client, &tls.Config{InsecureSkipVerify: true})
-		if err := secure.Handshake(); err != nil {
-			return fmt.Errorf("TLS: %w", err)
+	if p.c.bind == "" && p.certificate == nil {
+		return p.c.play(p)
+	}
+	secure := tls.Client(p.client, &tls.Config{InsecureSkipVerify: true})
+	p.stream = secure
+	shaken := make(chan error, 1)
+	go func() { shaken <- secure.Handshake() }()
+	if p.certificate != nil {
+		if err := p.accept(); err != nil {
+			return err
 		}
-		p.stream = secure
+		p.service = tls.Server(p.server, &tls.Config{Certificates: []tls.Certificate{*p.certificate}})
+		if err := p.service.(*tls.Conn).Handshake(); err != nil {
+			return fmt.Errorf("TLS of the server: %w", err)
+		}
+	}
+	if err := <-shaken; err != nil {
+		return fmt.Errorf("TLS: %w", err)
 	}
 	return p.c.play(p)
+}
+
+// accept takes the connection to the server.
+func (p *play) accept() error {
+	if err := p.origin.(*net.TCPListener).SetDeadline(time.Now().Add(playTime)); err != nil {
+		return err
+	}
+	conn, err := p.origin.Accept()
+	if err != nil {
+		return fmt.Errorf("server: %w", err)
+	}
+	p.server = conn.(*net.TCPConn)
+	p.service = p.server
+	return p.server.SetDeadline(time.Now().Add(playTime))
 }
 
 // say has the client say something, and waits until the server has all of it.
@@ -136,20 +173,12 @@ func (p *play) say(text string) error {
 		return fmt.Errorf("client: %w", err)
 	}
 	if p.server == nil {
-		if err := p.origin.(*net.TCPListener).SetDeadline(time.Now().Add(playTime)); err != nil {
-			return err
-		}
-		conn, err := p.origin.Accept()
-		if err != nil {
-			return fmt.Errorf("server: %w", err)
-		}
-		p.server = conn.(*net.TCPConn)
-		if err := p.server.SetDeadline(time.Now().Add(playTime)); err != nil {
+		if err := p.accept(); err != nil {
 			return err
 		}
 	}
 	// HAProxy writes headers anew, but leaves the end as it is.
-	if err := readTo(p.server, text[max(0, len(text)-4):]); err != nil {
+	if err := readTo(p.service, text[max(0, len(text)-4):]); err != nil {
 		return fmt.Errorf("server: %w", err)
 	}
 	return nil
@@ -157,7 +186,7 @@ func (p *play) say(text string) error {
 
 // answer has the server say something.
 func (p *play) answer(text string) error {
-	if _, err := io.WriteString(p.server, text); err != nil {
+	if _, err := io.WriteString(p.service, text); err != nil {
 		return fmt.Errorf("server: %w", err)
 	}
 	return nil

@@ -48,6 +48,7 @@ type haproxyCase struct {
 	side        events.Side // towards the client inbound, towards the server outbound
 	mode        string
 	bind        string   // what the bind line says beside the address
+	passThrough bool     // client and server speak TLS, and HAProxy does not
 	front, back []string // lines of the frontend and of the backend
 	play        func(*play) error
 	want        func(haproxytest.Version) outcome
@@ -126,6 +127,8 @@ var haproxyCases = []haproxyCase{
 	{name: "tcp, server closes, client-fin and tunnel", proxy: "tcp-fin-tunnel", side: events.Inbound, mode: "tcp",
 		front: []string{clientFIN}, back: []string{tunnel}, play: serverCloses(0), want: finTimer},
 	{name: "TLS, server closes, client-fin", proxy: "tls-fin", side: events.Inbound, mode: "tcp", bind: terminateTLS,
+		front: []string{clientFIN}, play: serverCloses(0), want: finTimer},
+	{name: "TLS passes through, server closes, client-fin", proxy: "tls-through", side: events.Inbound, mode: "tcp", passThrough: true,
 		front: []string{clientFIN}, play: serverCloses(0), want: finTimer},
 	{name: "TLS, server closes, client-fin and tunnel", proxy: "tls-fin-tunnel", side: events.Inbound, mode: "tcp", bind: terminateTLS,
 		front: []string{clientFIN}, back: []string{tunnel}, play: serverCloses(0), want: finTimer},

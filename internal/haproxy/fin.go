@@ -20,7 +20,8 @@ const (
 func (s Side) String() string { return [...]string{"", "client", "server"}[s] }
 
 // FinTimeout is which timeout ends a connection that HAProxy has half closed
-// and holds while the peer stays silent.
+// and holds while the peer stays silent. It runs from the last activity, which
+// may be before the FIN; before HAProxy 3.0 the -fin timeouts run from the FIN.
 type FinTimeout struct {
 	Duration time.Duration          // 0: nothing ends it
 	Name     string                 // "client-fin", "tunnel", "client" ...
@@ -37,10 +38,10 @@ func (f FinTimeout) Explicit() bool { return strings.HasSuffix(f.Name, "-fin") }
 
 // String is its source in words: "haproxy.cfg:9 defaults timeout client 1h (client-fin unset)".
 func (f FinTimeout) String() string {
-	text := "timeout " + f.Name + " unset"
-	if f.By.IsSet() {
-		text = fmt.Sprintf("%s %s %s", f.By.Pos.Short(), f.By.Section, f.By.Text)
+	if !f.By.IsSet() {
+		return "timeout " + f.Name + " and " + f.Why
 	}
+	text := fmt.Sprintf("%s %s %s", f.By.Pos.Short(), f.By.Section, f.By.Text)
 	if f.Why != "" {
 		text += " (" + f.Why + ")"
 	}

@@ -56,7 +56,7 @@ func TestFinTimeout(t *testing.T) {
 		{"tcp, 0 is unset", "tcp", plain + "timeout client-fin 0\n", "2.6.12", ClientSide, 12 * time.Second, unsetFin},
 		{"tcp, unset, tunnel", "tcp", plain + tunnel, "2.6.12", ClientSide, 30 * time.Second,
 			"haproxy.cfg:5 defaults timeout tunnel 30s (client-fin unset)"},
-		{"tcp, nothing", "tcp", "", "2.6.12", ClientSide, 0, "timeout client unset (client-fin unset)"},
+		{"tcp, nothing", "tcp", "", "2.6.12", ClientSide, 0, "timeout client and client-fin unset"},
 		{"tcp, server", "tcp", fins, "3.0.11", ServerSide, 4 * time.Second, finServer},
 		{"http", "http", fins, "2.6.12", ClientSide, 3 * time.Second, finClient},
 		{"http, WebSocket not held", "http", fins + tunnel, "2.2.9", ClientSide, 3 * time.Second, finClient},
