@@ -476,7 +476,7 @@ var labScenarios = []labScenario{
 		args: []string{"--duration", "17s"},
 		must: []string{"bursts", "held-pile-up", "client-fin-unset"},
 		not:  []string{"age-cliff", "peer-is-one"},
-		may:  []string{"growing", "peer-is-client", "tcp-fin-timeout-changed", "fin-timeout-no-help", "close-wait-twins", hours},
+		may:  []string{"growing", "maxconn-pressure", "peer-is-client", "tcp-fin-timeout-changed", "fin-timeout-no-help", "close-wait-twins", hours},
 		exit: []int{1, 2},
 	},
 	{
@@ -489,7 +489,7 @@ var labScenarios = []labScenario{
 			return atRandom(2*time.Second/6, func(i int) { w.stuck(1, only(client(i)), https) })
 		},
 		args: []string{"--duration", "17s"},
-		must: []string{"growing", "held-pile-up", "client-fin-unset"},
+		must: []string{"growing", "held-pile-up", "client-fin-unset", "maxconn-pressure"},
 		not:  []string{"bursts", "age-cliff"},
 		may:  []string{"peer-is-client", "tcp-fin-timeout-changed", "fin-timeout-no-help", "close-wait-twins", hours, "peer-is-one"},
 		exit: []int{1, 2},
@@ -565,15 +565,14 @@ var labScenarios = []labScenario{
 		must: []string{"held-pile-up", "not-seen"},
 		not:  []string{"client-fin-unset", "server-fin-unset"},
 		may:  []string{"peer-is-client", "tcp-fin-timeout-changed", "fin-timeout-no-help", "close-wait-twins"},
-		exit: []int{1, 2},
+		exit: []int{1, 2}, says: []string{"haproxy", "20", "configuration"},
 	},
 	{
 		name:  "no privileges",
 		stage: func(w *world) { pileUp(noClientFIN, 20, client)(w) },
 		as:    "unprivileged",
-		must:  []string{"not-seen"},
 		not:   []string{"held-pile-up", "client-fin-unset"},
-		exit:  []int{3},
+		exit:  []int{3}, says: []string{"root"},
 	},
 	{
 		name: "an empty host",

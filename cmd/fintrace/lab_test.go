@@ -21,6 +21,7 @@ import (
 
 	"github.com/fintrace/fintrace/internal/haproxytest"
 	"github.com/fintrace/fintrace/internal/kerneltest"
+	"github.com/fintrace/fintrace/internal/report"
 )
 
 var labMatrix = flag.Bool("lab.matrix", false, "print which scenario of the lab has which finding")
@@ -51,7 +52,7 @@ var labFindings = []string{
 
 // A labDiagnosis is what `fintrace diagnose -o json` prints.
 type labDiagnosis struct {
-	Verdict  string
+	Verdict  []string
 	Exit     int
 	Findings []struct{ ID, Severity, Title string }
 	Evidence map[string]any
@@ -62,7 +63,7 @@ type labDiagnosis struct {
 
 func (d *labDiagnosis) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "exit %d: %s\n", d.code, d.Verdict)
+	fmt.Fprintf(&b, "exit %d: %s\n", d.code, strings.Join(d.Verdict, " "))
 	for _, f := range d.Findings {
 		fmt.Fprintf(&b, "\t%-8s %s: %s\n", f.Severity, f.ID, f.Title)
 	}
@@ -149,8 +150,12 @@ func diagnose(t *testing.T, command []string) *labDiagnosis {
 	} else if err != nil {
 		t.Fatal(err)
 	}
+	if stdout.Len() == 0 && d.code == report.ExitUnknown {
+		d.Exit, d.Verdict = d.code, []string{stderr.String()} // It could not look.
+		return d
+	}
 	if err := json.Unmarshal(stdout.Bytes(), d); err != nil {
-		t.Fatalf("%s: exit code %d, %v:\n%s%s", strings.Join(command, " "), d.code, err, &stdout, &stderr)
+		t.Fatalf("%s: exit code %d, %v:\n%.1000s\n%s", strings.Join(command, " "), d.code, err, &stdout, &stderr)
 	}
 	d.stderr = stderr.String()
 	return d
@@ -205,9 +210,10 @@ func (r *labResults) judge(t *testing.T, s *labScenario, d *labDiagnosis) {
 	if !slices.Contains(s.exit, d.code) || d.Exit != d.code {
 		other("exit code %d (%d in the output), want one of %v", d.code, d.Exit, s.exit)
 	}
+	verdict := strings.ToLower(strings.Join(d.Verdict, " "))
 	for _, word := range s.says {
-		if !strings.Contains(strings.ToLower(d.Verdict), strings.ToLower(word)) {
-			other("the verdict has no %q: %s", word, d.Verdict)
+		if !strings.Contains(verdict, strings.ToLower(word)) {
+			other("the verdict has no %q: %s", word, verdict)
 		}
 	}
 	if t.Failed() || *labMatrix && testing.Verbose() {
