@@ -55,7 +55,9 @@ type labDiagnosis struct {
 	Verdict  []string
 	Exit     int
 	Findings []struct{ ID, Severity, Title string }
-	Evidence map[string]any
+	Evidence struct {
+		Unlooked []string `json:"not_looked_at"`
+	}
 
 	code   int // with which it exits
 	stderr string
@@ -66,6 +68,9 @@ func (d *labDiagnosis) String() string {
 	fmt.Fprintf(&b, "exit %d: %s\n", d.code, strings.Join(d.Verdict, " "))
 	for _, f := range d.Findings {
 		fmt.Fprintf(&b, "\t%-8s %s: %s\n", f.Severity, f.ID, f.Title)
+	}
+	for _, line := range d.Evidence.Unlooked {
+		fmt.Fprintf(&b, "\tnot looked at: %s\n", line)
 	}
 	b.WriteString(d.stderr)
 	return b.String()
