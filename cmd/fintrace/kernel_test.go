@@ -80,8 +80,10 @@ func record(t *testing.T, opts probe.Options, rules limits.Rules) *recorder {
 	r := &recorder{opened: map[uint32]uint64{}}
 	r.news = sync.NewCond(&r.mu)
 	r.watch = &watch{
-		probe:   p,
-		tracker: track.New(rules, track.DefaultCapacity),
+		probe:     p,
+		tracker:   track.New(rules, track.DefaultCapacity),
+		rules:     rules,
+		haproxies: &haproxies{},
 		notify: func(n *track.Notice) {
 			r.mu.Lock()
 			if len(r.notices) >= 2*noticesKept {
@@ -96,7 +98,7 @@ func record(t *testing.T, opts probe.Options, rules limits.Rules) *recorder {
 		},
 		warn: func(err error) { t.Log("not looked at:", err) },
 	}
-	if err := r.watch.start(); err != nil {
+	if err := r.watch.start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())

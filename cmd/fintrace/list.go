@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -30,6 +31,7 @@ func listCommand(e env) *cobra.Command {
 	filter := filterFlags(cmd, 0)
 	asJSON := outputFlag(cmd)
 	limitFlag(cmd, &rules.Held)
+	haproxies := haproxyFlags(cmd)
 	cmd.Flags().Var(&parsed{kind: strings.Join(report.Keys, ","), parse: each(func(key string) error {
 		if !slices.Contains(report.Keys, key) {
 			return fmt.Errorf("connections are grouped by %s, not by %q", strings.Join(report.Keys, ", "), key)
@@ -37,8 +39,8 @@ func listCommand(e env) *cobra.Command {
 		keys = append(keys, key)
 		return nil
 	})}, "group-by", "count them by one or more of these")
-	cmd.RunE = func(*cobra.Command, []string) error {
-		conns, total, err := listConnections(e, rules, filter)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		conns, total, err := listConnections(cmd.Context(), e, rules, haproxies, filter)
 		if err != nil {
 			return err
 		}
@@ -69,19 +71,21 @@ func listCommand(e env) *cobra.Command {
 
 // listConnections returns the selected connections, the oldest first, and how
 // many there are in all.
-func listConnections(e env, rules limits.Rules, filter *track.Filter) (conns []track.Conn, total int, err error) {
+func listConnections(ctx context.Context, e env, rules limits.Rules, haproxies *haproxies, filter *track.Filter) (conns []track.Conn, total int, err error) {
 	p, err := probe.Open(probe.Options{})
 	if err != nil {
 		return nil, 0, err
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
 	w := &watch{
-		probe:   p,
-		tracker: track.New(rules, track.DefaultCapacity),
-		notify:  func(*track.Notice) {},
-		warn:    func(err error) { fmt.Fprintln(e.stderr, "fintrace: not looked at:", err) },
+		probe:     p,
+		tracker:   track.New(rules, track.DefaultCapacity),
+		rules:     rules,
+		haproxies: haproxies,
+		notify:    func(*track.Notice) {},
+		warn:      func(err error) { fmt.Fprintln(e.stderr, "fintrace: not looked at:", err) },
 	}
-	if err := w.seed(); err != nil {
+	if err := w.seed(ctx); err != nil {
 		return nil, 0, err
 	}
 	now := probe.Now()

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/probe"
 	"github.com/fintrace/fintrace/internal/track"
 )
@@ -37,6 +38,9 @@ type watch struct {
 	notify  func(*track.Notice)
 	warn    func(error) // of what could not be looked at
 
+	rules     limits.Rules
+	haproxies *haproxies
+
 	counters probe.Counters
 	checked  events.Time // when the counters were read
 	losses   uint64      // lost and missed records as of the last snapshot
@@ -48,16 +52,19 @@ type watch struct {
 }
 
 // start attaches, and fills the table with what is in FIN_WAIT2 already.
-func (w *watch) start() error {
+func (w *watch) start(ctx context.Context) error {
 	if err := w.probe.Attach(); err != nil {
 		return err
 	}
-	return w.seed()
+	return w.seed(ctx)
 }
 
 // seed takes the first snapshot, having looked for the processes first so that
 // each connection is complete when it is first spoken of.
-func (w *watch) seed() error {
+func (w *watch) seed(ctx context.Context) error {
+	w.haproxies.look(ctx)
+	w.useHAProxies()
+	w.tracker.SetRules(w.rules, probe.Now())
 	held := map[uint64]bool{}
 	_, err := w.probe.Snapshot(0, func(sockets []events.Socket) {
 		for i := range sockets {
@@ -88,6 +95,12 @@ func (w *watch) run(ctx context.Context) error {
 				drainAt = probe.Now().Add(batchDelay)
 			}
 			continue
+		case found := <-w.haproxies.running:
+			if w.haproxies.take(found) {
+				w.useHAProxies()
+				w.each(w.tracker.SetRules(w.rules, probe.Now()))
+			}
+			continue
 		case <-timer.C:
 		}
 		now = probe.Now()
@@ -106,6 +119,15 @@ func (w *watch) run(ctx context.Context) error {
 			}
 		}
 		w.advance(now)
+		w.haproxies.refresh(ctx, now)
+	}
+}
+
+// useHAProxies makes what has been found of HAProxy part of the rules.
+func (w *watch) useHAProxies() {
+	w.rules.HAProxy = w.haproxies.view
+	for _, err := range w.haproxies.warnings() {
+		w.warn(err)
 	}
 }
 
@@ -169,12 +191,14 @@ func (w *watch) nextSnapshot() events.Time {
 // check reads the kernel side's counters.
 func (w *watch) check(now events.Time) (err error) {
 	w.checked = now
+	w.haproxies.check()
 	w.counters, err = w.probe.Counters()
 	return err
 }
 
 func (w *watch) drain() error {
 	return w.probe.Drain(func(ev *events.Event) {
+		w.haproxies.noticed(ev.Process)
 		w.each(w.tracker.Apply(ev))
 		if w.onEvent != nil {
 			w.onEvent(ev)

@@ -41,11 +41,26 @@ func run(ctx context.Context, e env, args []string) int {
 	root := commands(e)
 	root.SetArgs(args)
 	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(e.stderr, "fintrace:", err)
-		return 1
+		exit := &exitError{code: 1, err: err}
+		errors.As(err, &exit)
+		if exit.err != nil {
+			fmt.Fprintln(e.stderr, "fintrace:", err)
+		}
+		return exit.code
 	}
 	return 0
 }
+
+// exitError ends a command with an exit code that is not 1. Where there is
+// no err, all has been said.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string { return fmt.Sprint(e.err) }
+
+func (e *exitError) Unwrap() error { return e.err }
 
 // commands is the root of all commands.
 func commands(e env) *cobra.Command {
@@ -57,11 +72,12 @@ them, and which timer should have ended them.
 
   fintrace list     what is there now, the oldest first
   fintrace trace    watch them come, pass their limit, and go
+  fintrace check    what HAProxy's configuration and the sysctls get wrong
   fintrace demo     a pile-up of its own, to see it all work`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(traceCommand(e), listCommand(e), demoCommand(e), versionCommand(e))
+	root.AddCommand(traceCommand(e), listCommand(e), checkCommand(e), demoCommand(e), versionCommand(e))
 	root.InitDefaultCompletionCmd()
 	root.InitDefaultHelpCmd()
 	insist(root)

@@ -31,7 +31,7 @@ import (
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:  "testdata/script",
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"fails": fails},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"fails": fails, "exits": exits},
 	})
 }
 
@@ -48,6 +48,7 @@ func TestKernelScript(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits": exits,
 			"fails": fails,
 			"fits":  fits,
 			"hold": func(ts *testscript.TestScript, neg bool, args []string) {
@@ -83,6 +84,23 @@ func fails(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if text := ts.ReadFile("stderr"); !regexp.MustCompile(`^fintrace: .+\n$`).MatchString(text) {
 		ts.Fatalf("stderr is not one line of fintrace's")
+	}
+}
+
+// exits runs a program that has to end with an exit code.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits code program [args...]")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	code := 0
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		code = exit.ExitCode()
+	} else if err != nil {
+		ts.Fatalf("%v", err)
+	}
+	if strconv.Itoa(code) != args[0] {
+		ts.Fatalf("exit code %d, want %s", code, args[0])
 	}
 }
 

@@ -36,6 +36,7 @@ but not printed; with --min-duration 0 each is printed from its entry on.`,
 	t.filter = filterFlags(cmd, time.Second)
 	asJSON := outputFlag(cmd)
 	limitFlag(cmd, &t.rules.Held)
+	t.haproxies = haproxyFlags(cmd)
 	cmd.Flags().BoolVar(&t.allStates, "all-states", false, "print every TCP transition, with the time in the state before")
 	durationFlag(cmd, &duration, "duration", 0, "stop after this long (default: at Ctrl-C)")
 	ringFlag(cmd, &t.ringBytes, "ring-bytes", "size of the buffer for records, a power of two (default 8 MiB)")
@@ -59,6 +60,7 @@ but not printed; with --min-duration 0 each is printed from its entry on.`,
 type tracing struct {
 	env       env
 	rules     limits.Rules
+	haproxies *haproxies
 	filter    *track.Filter
 	allStates bool
 	asJSON    bool
@@ -98,14 +100,15 @@ func (t *tracing) run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, p.Close()) }()
 	t.names = names()
 	t.out = json.NewEncoder(t.env.stdout)
-	t.live = report.NewLive(t.env.stdout, t.env.style(), t.names, false)
 	t.summary = report.NewSummary()
 	t.states = map[uint64]was{}
 	warned := map[string]bool{}
 	t.watch = &watch{
-		probe:   p,
-		tracker: track.New(t.rules, track.DefaultCapacity),
-		notify:  t.seeding,
+		probe:     p,
+		tracker:   track.New(t.rules, track.DefaultCapacity),
+		rules:     t.rules,
+		haproxies: t.haproxies,
+		notify:    t.seeding,
 		warn: func(err error) {
 			if !warned[err.Error()] {
 				warned[err.Error()] = true
@@ -117,10 +120,11 @@ func (t *tracing) run(ctx context.Context) (err error) {
 		t.watch.onEvent = t.transition
 	}
 	began := probe.Now()
-	if err := t.watch.start(); err != nil {
+	if err := t.watch.start(ctx); err != nil {
 		return err
 	}
 	t.watch.advance(probe.Now())
+	t.live = report.NewLive(t.env.stdout, t.env.style(), t.names, len(t.haproxies.found.Processes) > 0)
 	t.watch.notify = t.notice
 	t.greet()
 	if err := t.watch.run(ctx); err != nil {

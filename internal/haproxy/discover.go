@@ -672,8 +672,12 @@ func (d *discovery) result() Found {
 			for _, s := range g.sources {
 				p.Changed = p.Changed || s.Modified.After(t.start.Add(sameMoment))
 			}
-			if before := d.previous(t); before != nil && before.Config != nil && !before.Changed && (p.Changed || g.config == nil) {
+			// A process never reads its files again.
+			if before := d.previous(t); before != nil && before.Config != nil && !before.Changed && before.Version.Known() {
 				p.Config, p.Changed = before.Config, false
+			}
+			if p.Config != nil {
+				p.Interfaces, p.Namespaces = d.interfaces(t.pid, p.Config), g.view.namespaces(p.Config)
 			}
 			found.Processes = append(found.Processes, p)
 		}

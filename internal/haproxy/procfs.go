@@ -214,6 +214,20 @@ func readSome(name string, most int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, most))
 }
 
+// Children are the pids of a process's children, as text; "" where there are
+// none, or the kernel does not say (CONFIG_PROC_CHILDREN).
+func Children(pid int) string {
+	text, err := readSome(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid), maxCommandLine)
+	if err != nil {
+		return ""
+	}
+	return string(text)
+}
+
+// IsName says whether a process of that name may be HAProxy: distributions that
+// have several versions call them haproxy-2.8 or so.
+func IsName(name string) bool { return strings.HasPrefix(name, "haproxy") }
+
 // commandLine is what HAProxy was told by its arguments.
 type commandLine struct {
 	files         []string

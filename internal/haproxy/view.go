@@ -5,6 +5,7 @@ package haproxy
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -131,8 +132,16 @@ func NewView(processes []Process) *View {
 	return v
 }
 
-// Processes returns the number of processes.
-func (v *View) Processes() int { return len(v.workers) }
+// Knows says whether a process is in the view.
+func (v *View) Knows(pid int) bool { return v.byPID[pid] != nil }
+
+// SamePlaces says whether a and b are one process, of which a View would say
+// the same.
+func SamePlaces(a, b Process) bool {
+	return a.PID == b.PID && a.ticks == b.ticks && a.Netns == b.Netns && a.Old == b.Old && a.Config == b.Config &&
+		a.Changed == b.Changed && a.Version == b.Version && slices.Equal(a.Servers, b.Servers) &&
+		maps.Equal(a.Interfaces, b.Interfaces) && maps.Equal(a.Namespaces, b.Namespaces)
+}
 
 // Place returns the place of a number that Find returned; nil for 0.
 func (v *View) Place(number uint32) *Place { return v.places[number] }

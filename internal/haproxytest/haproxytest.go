@@ -170,13 +170,13 @@ func (v Version) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// inside is a path of the test as the version sees it.
-func (v Version) inside(path string) string {
+// Inside is a path of the test as the version sees it.
+func (v Version) Inside(path string) string {
 	return strings.TrimPrefix(path, v.Root)
 }
 
-// tempDir makes a directory that the version can see.
-func (v Version) tempDir(t testing.TB) string {
+// TempDir makes a directory that the version can see, until the end of the test.
+func (v Version) TempDir(t testing.TB) string {
 	t.Helper()
 	// Not the test's own: the paths of Unix sockets have to be short.
 	dir, err := os.MkdirTemp(filepath.Join(v.Root, "/tmp"), "haproxytest")
@@ -204,7 +204,7 @@ func (v Version) Check(t testing.TB, config string) (ok bool, output string) {
 	if err := errors.Join(err, file.Close()); err != nil {
 		t.Fatal(err)
 	}
-	return v.CheckFiles(t, v.inside(file.Name()))
+	return v.CheckFiles(t, v.Inside(file.Name()))
 }
 
 // CheckFiles is Check for what is at paths as HAProxy sees them, in their order.

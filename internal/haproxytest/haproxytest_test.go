@@ -85,7 +85,7 @@ func run(t *testing.T, v Version, mode Mode) (processes []int, dir string) {
 		if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &st); err != nil || uint32(st.Ino) != ns.Inode {
 			t.Errorf("process %d is in namespace %d (%v), want %d", pid, st.Ino, err, ns.Inode)
 		}
-		text, err := os.ReadFile(filepath.Join(fmt.Sprintf("/proc/%d/root", pid), h.Inside(h.ConfigPath())))
+		text, err := os.ReadFile(filepath.Join(fmt.Sprintf("/proc/%d/root", pid), v.Inside(h.ConfigPath())))
 		if err != nil || !strings.HasPrefix(string(text), config) {
 			t.Errorf("process %d sees the configuration %q (%v)", pid, text, err)
 		}

@@ -68,7 +68,7 @@ const (
 // section with a stats socket.
 func Start(t testing.TB, ns *kerneltest.Namespace, v Version, mode Mode, config string, args ...string) *HAProxy {
 	t.Helper()
-	h := &HAProxy{Version: v, Mode: mode, Dir: v.tempDir(t), t: t, ns: ns, args: args}
+	h := &HAProxy{Version: v, Mode: mode, Dir: v.TempDir(t), t: t, ns: ns, args: args}
 	h.WriteConfig(config)
 	t.Cleanup(h.Stop)
 	h.start()
@@ -84,14 +84,11 @@ func (h *HAProxy) SocketPath() string { return filepath.Join(h.Dir, socketName) 
 // MasterPath is the master's socket, as the test sees it.
 func (h *HAProxy) MasterPath() string { return filepath.Join(h.Dir, masterName) }
 
-// Inside is a path of the test as HAProxy sees it.
-func (h *HAProxy) Inside(path string) string { return h.Version.inside(path) }
-
 // WriteConfig replaces the configuration file; Reload makes it effective.
 func (h *HAProxy) WriteConfig(config string) {
 	h.t.Helper()
 	config = fmt.Sprintf("%s\nglobal\n\tstats socket %s mode 600 level admin\n",
-		strings.TrimSuffix(config, "\n"), h.Inside(h.SocketPath()))
+		strings.TrimSuffix(config, "\n"), h.Version.Inside(h.SocketPath()))
 	if err := os.WriteFile(h.ConfigPath(), []byte(config), 0o600); err != nil {
 		h.t.Fatal(err)
 	}
@@ -154,9 +151,9 @@ func (h *HAProxy) start(args ...string) {
 	case Foreground:
 		args = append(args, "-db")
 	case MasterWorker:
-		args = append(args, "-W", "-S", h.Inside(h.MasterPath()))
+		args = append(args, "-W", "-S", h.Version.Inside(h.MasterPath()))
 	}
-	args = slices.Concat([]string{"-f", h.Inside(h.ConfigPath())}, h.args, args)
+	args = slices.Concat([]string{"-f", h.Version.Inside(h.ConfigPath())}, h.args, args)
 	log, err := os.OpenFile(filepath.Join(h.Dir, logName), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		h.t.Fatal(err)

@@ -6,11 +6,11 @@
 package track
 
 import (
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
 )
 
@@ -152,7 +152,7 @@ func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
 // locate finds out which proxy of HAProxy c belongs to.
 func (t *Tracker) locate(c *conn) {
 	c.place = t.rules.Place(c.netns, c.flow, c.side, c.process.PID)
-	if c.place == 0 && c.stage > events.Held && strings.HasPrefix(c.process.Name(), "haproxy") {
+	if c.place == 0 && c.stage > events.Held && haproxy.IsName(c.process.Name()) {
 		// The worker that closed it has ended; those that have taken over have
 		// the same proxies, most often.
 		c.place = t.rules.Place(c.netns, c.flow, c.side, 0)

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
+	"github.com/fintrace/fintrace/internal/probe"
+)
+
+// haproxyFlags adds the flags that say where HAProxy's configuration and
+// runtime socket are.
+func haproxyFlags(cmd *cobra.Command) *haproxies {
+	h := &haproxies{}
+	cmd.Flags().StringArrayVar(&h.options.Paths, "haproxy-config", nil, "HAProxy's configuration, a file or a directory, in place of what running ones name (repeatable)")
+	cmd.Flags().StringVar(&h.options.Socket, "haproxy-socket", "", "HAProxy's runtime socket, in place of what its configuration names")
+	return h
+}
+
+// haproxies is what is known of the HAProxy processes on this host. They come
+// and go with every reload, and their files change: it is looked up anew beside
+// the loop, and the loop takes what has been found.
+type haproxies struct {
+	options  haproxy.DiscoverOptions
+	found    haproxy.Found
+	view     *haproxy.View
+	missing  bool               // a process of HAProxy has been seen that is not in the view
+	others   map[uint32]bool    // that go by its name, and are not in the view after a look
+	children map[int]string     // of each master, as last seen
+	running  chan haproxy.Found // of a look that goes on; nil if none does
+	began    events.Time        // the last look
+}
+
+// look looks for them now.
+func (h *haproxies) look(ctx context.Context) {
+	h.began = probe.Now()
+	h.take(haproxy.Discover(ctx, h.options))
+}
+
+// take takes what a look has found, and says whether it changes anything.
+func (h *haproxies) take(found haproxy.Found) (changed bool) {
+	h.running = nil
+	changed = !slices.EqualFunc(h.found.Processes, found.Processes, haproxy.SamePlaces)
+	h.found, h.options.Previous = found, found.Processes
+	if changed {
+		h.view = haproxy.NewView(found.Processes)
+	}
+	return changed
+}
+
+// refresh begins a look if one is due.
+func (h *haproxies) refresh(ctx context.Context, now events.Time) {
+	wait := reconcileEvery
+	if h.missing {
+		wait = hurry
+	}
+	if h.running != nil || now < h.began.Add(wait) {
+		return
+	}
+	h.began, h.missing = now, false
+	h.running = make(chan haproxy.Found, 1)
+	go func(to chan<- haproxy.Found, o haproxy.DiscoverOptions) { to <- haproxy.Discover(ctx, o) }(h.running, h.options)
+}
+
+// hurry is between two looks where something is known to be new.
+const hurry = 100 * time.Millisecond
+
+// check asks masters for their children, which is cheap: a reload makes new ones.
+func (h *haproxies) check() {
+	for i := range h.found.Processes {
+		master := h.found.Processes[i].Master
+		if master == 0 {
+			continue
+		}
+		children := haproxy.Children(master)
+		if before, known := h.children[master]; known && before != children {
+			h.missing = true
+		}
+		if h.children == nil {
+			h.children = map[int]string{}
+		}
+		h.children[master] = children
+	}
+}
+
+// noticed is for a process that holds or closes connections: one of HAProxy
+// that is new is looked for at once.
+func (h *haproxies) noticed(p events.Process) {
+	if !p.Known() || !haproxy.IsName(p.Name()) || h.others[p.PID] || h.view != nil && h.view.Knows(int(p.PID)) {
+		return
+	}
+	if h.others == nil || len(h.others) >= othersKept {
+		h.others = map[uint32]bool{}
+	}
+	h.missing, h.others[p.PID] = true, true
+}
+
+// othersKept bounds the processes that are remembered for not being HAProxy.
+const othersKept = 1000
+
+// warnings are what could not be looked at.
+func (h *haproxies) warnings() (warnings []error) {
+	for _, problem := range h.found.Problems {
+		warnings = append(warnings, errors.New(problem))
+	}
+	for i := range h.found.Processes {
+		for _, problem := range h.found.Processes[i].Problems {
+			if w := errors.New(problem); !slices.ContainsFunc(warnings, func(before error) bool { return before.Error() == problem }) {
+				warnings = append(warnings, w)
+			}
+		}
+	}
+	return warnings
+}
