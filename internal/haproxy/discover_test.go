@@ -72,7 +72,7 @@ func TestDiscover(t *testing.T) {
 					if p.Master != master || p.Netns != ns.Inode || p.Version.Text != v.Text || p.Changed {
 						t.Errorf("process %+v: want master %d, netns %d, version %s", p, master, ns.Inode, v.Text)
 					}
-					if p.Config == nil || !slices.Equal(p.Config.Files, []string{h.Inside(h.ConfigPath())}) || len(p.Config.Proxies) != 2 {
+					if p.Config == nil || !slices.Equal(p.Config.Files, []string{h.Version.Inside(h.ConfigPath())}) || len(p.Config.Proxies) != 2 {
 						t.Errorf("configuration %+v, problems %q", p.Config, p.Problems)
 					}
 				}
