@@ -4,7 +4,6 @@ package haproxy
 
 import (
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 )
@@ -326,11 +325,6 @@ func (p *parser) serverLine(w []word) {
 		if !a.relative {
 			s.Port = uint16(a.first)
 		}
-	}
-	same := func(other Server) bool { return other.Name == s.Name && !other.Undecided && other.Count == 1 }
-	if i := slices.IndexFunc(p.current.Servers, same); i >= 0 && !s.Undecided && keyword == "server" {
-		p.fail(rest[0].column, "server %s has the name of the one at %s", s.Name, p.current.Servers[i].Pos)
-		return
 	}
 	if p.serverKeywords(rest[2:], &s) {
 		p.current.Servers = append(p.current.Servers, s)

@@ -373,7 +373,7 @@ func place(t *testing.T, v haproxytest.Version) string {
 	if err := os.CopyFS(dir, os.DirFS(corpus)); err != nil {
 		t.Fatal(err)
 	}
-	return strings.TrimPrefix(dir, v.Root)
+	return v.Inside(dir)
 }
 
 // verdict is what haproxy -c says.

@@ -31,8 +31,11 @@ func Parse(sources []Source, o Options) (*Config, error) {
 			break
 		}
 	}
+	p.behead()
+	p.open = false
 	if !p.stopped {
 		p.checkReferences()
+		p.checkServers()
 	}
 	if len(p.errors) > 0 {
 		return nil, p.errors
@@ -64,6 +67,9 @@ type parser struct {
 	keyword  string // of the section that lines belong to; "" before the first
 	current  *Proxy // of a proxy's or defaults section
 	conds    []branch
+	// headless is what is wrong with the head of the section, which is an error
+	// once something stands in it.
+	headless *Error
 
 	lines    int  // of the section so far
 	indented bool // all of them are
@@ -341,6 +347,10 @@ func (p *parser) directive(w []word, indented bool) {
 		p.note(w[0].column, "%q is taken for a section that is not known, and passed over", keyword)
 		return
 	}
+	if p.headless != nil {
+		p.errors, p.headless = append(p.errors, p.headless), nil
+		return
+	}
 	p.lines++
 	p.indented = p.indented && indented
 	negated, reset := false, false
@@ -368,7 +378,16 @@ func (p *parser) pass(w []word) {
 	p.current = nil
 }
 
+// behead ends a section.
+func (p *parser) behead() {
+	if p.headless != nil {
+		p.config.Notes = append(p.config.Notes, Note{p.headless.Pos, p.headless.Text})
+		p.headless = nil
+	}
+}
+
 func (p *parser) begin(w []word) {
+	p.behead()
 	p.keyword, p.section = w[0].text, w[0].text
 	if len(w) > 1 {
 		p.section = w[1].text
@@ -418,7 +437,13 @@ func (p *parser) enter(w []word) {
 			hint = "; addresses are given by bind"
 		}
 		p.fail(at.column, "unexpected %q after the name: only from and the name of a defaults section can follow%s", at.text, hint)
-		// HAProxy goes on with the section that it was in.
+		if wrong := len(p.errors) - 1; wrong >= 0 && p.errors[wrong].Pos.Line == p.pos.Line && (len(rest) == 1 || rest[0].text != "from") {
+			// An alert that HAProxy does not count: there is no such section,
+			// and only what stands in it is an error.
+			p.headless = p.errors[wrong]
+			p.errors = p.errors[:wrong]
+		}
+		return
 	}
 	pos := p.pos
 	pos.Column = w[0].column
@@ -689,7 +714,7 @@ func (p *parser) global(w []word) {
 	case "fd-hard-limit":
 		number(&g.FDHardLimit)
 	case "nbthread":
-		if len(w) == 2 && !w[1].open && (strings.Trim(w[1].text, "0123456789") != "" || leadingInt(w[1].text) < 1) {
+		if len(w) == 2 && !w[1].open && (leadingNumber(w[1].text) != w[1].text || leadingInt(strings.TrimPrefix(w[1].text, "+")) < 1) {
 			p.fail(w[1].column, "expected a number of threads from 1, not %q", w[1].text)
 			return
 		}
@@ -931,7 +956,6 @@ func (p *parser) checkReferences() {
 	if p.openName {
 		return
 	}
-	p.open = false
 	backends := map[string]bool{}
 	for _, px := range p.config.Proxies {
 		if px.Connects() {
@@ -952,6 +976,26 @@ func (p *parser) checkReferences() {
 			}
 			p.pos = use.Pos
 			p.fail(use.Pos.Column, "%s uses backend %q, which is not there", px, use.Value)
+		}
+	}
+}
+
+// checkServers looks for servers of one name.
+func (p *parser) checkServers() {
+	for _, px := range p.config.Proxies {
+		if px.Disabled.Value || px.Undecided {
+			continue
+		}
+		first := map[string]Pos{}
+		for _, s := range px.Servers {
+			if s.Undecided || s.Count != 1 {
+				continue
+			}
+			if pos, is := first[s.Name]; is {
+				p.pos = s.Pos
+				p.fail(s.Pos.Column, "server %s has the name of the one at %s", s.Name, pos)
+			}
+			first[s.Name] = s.Pos
 		}
 	}
 }
