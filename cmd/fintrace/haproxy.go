@@ -28,14 +28,13 @@ func haproxyFlags(cmd *cobra.Command) *haproxies {
 // and go with every reload, and their files change: it is looked up anew beside
 // the loop, and the loop takes what has been found.
 type haproxies struct {
-	options  haproxy.DiscoverOptions
-	found    haproxy.Found
-	view     *haproxy.View
-	missing  bool               // a process of HAProxy has been seen that is not in the view
-	others   map[uint32]bool    // that go by its name, and are not in the view after a look
-	children map[int]string     // of each master, as last seen
-	running  chan haproxy.Found // of a look that goes on; nil if none does
-	began    events.Time        // the last look
+	options haproxy.DiscoverOptions
+	found   haproxy.Found
+	view    *haproxy.View
+	missing bool               // a process of HAProxy has been seen that is not in the view
+	others  map[int]bool       // that were looked up already
+	running chan haproxy.Found // of a look that goes on; nil if none does
+	began   events.Time        // the last look
 }
 
 // look looks for them now.
@@ -79,30 +78,32 @@ func (h *haproxies) check() {
 		if master == 0 {
 			continue
 		}
-		children := haproxy.Children(master)
-		if before, known := h.children[master]; known && before != children {
-			h.missing = true
+		for _, pid := range haproxy.Children(master) {
+			h.seen(pid)
 		}
-		if h.children == nil {
-			h.children = map[int]string{}
-		}
-		h.children[master] = children
 	}
 }
 
 // noticed is for a process that holds or closes connections: one of HAProxy
 // that is new is looked for at once.
 func (h *haproxies) noticed(p events.Process) {
-	if !p.Known() || !haproxy.IsName(p.Name()) || h.others[p.PID] || h.view != nil && h.view.Knows(int(p.PID)) {
+	if p.Known() && haproxy.IsName(p.Name()) {
+		h.seen(int(p.PID))
+	}
+}
+
+// seen is for a process that may be one of HAProxy.
+func (h *haproxies) seen(pid int) {
+	if h.others[pid] || h.view != nil && h.view.Knows(pid) {
 		return
 	}
 	if h.others == nil || len(h.others) >= othersKept {
-		h.others = map[uint32]bool{}
+		h.others = map[int]bool{}
 	}
-	h.missing, h.others[p.PID] = true, true
+	h.missing, h.others[pid] = true, true
 }
 
-// othersKept bounds the processes that are remembered for not being HAProxy.
+// othersKept bounds the processes that are remembered for not being in the view.
 const othersKept = 1000
 
 // warnings are what could not be looked at.

@@ -28,6 +28,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/kerneltest"
 	"github.com/fintrace/fintrace/internal/report"
@@ -161,6 +163,17 @@ func (p *play) answer(text string) error {
 	return nil
 }
 
+// cork has the server send what it says with its FIN.
+func (p *play) cork() error {
+	raw, err := p.server.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_CORK, 1) })
+	return errors.Join(err, failed)
+}
+
 // hear has the client read up to a text.
 func (p *play) hear(text string) error {
 	if err := readTo(p.stream, text); err != nil {
@@ -224,7 +237,7 @@ type jsonTrace struct {
 	mu      sync.Mutex
 	news    *sync.Cond
 	records map[flowKey][]report.Record
-	summary struct{ Lost, Missed int }
+	summary struct{ Lost int }
 	err     error // why nothing more comes
 }
 
@@ -332,7 +345,7 @@ func (tr *jsonTrace) await(t *testing.T, key flowKey, kind string) report.Record
 	}
 }
 
-// end stops the trace and returns how many records were lost on the way.
+// end stops the trace and returns how many records it had no buffer for.
 func (tr *jsonTrace) end(t *testing.T) (lost int) {
 	t.Helper()
 	if err := tr.cmd.Process.Signal(syscall.SIGINT); err != nil {
@@ -342,7 +355,7 @@ func (tr *jsonTrace) end(t *testing.T) (lost int) {
 	for tr.err == nil {
 		tr.news.Wait()
 	}
-	lost = tr.summary.Lost + tr.summary.Missed
+	lost = tr.summary.Lost
 	err := tr.err
 	tr.mu.Unlock()
 	if !errors.Is(err, io.EOF) {

@@ -13,6 +13,7 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/haproxytest"
 	"github.com/fintrace/fintrace/internal/kerneltest"
+	"github.com/fintrace/fintrace/internal/report"
 )
 
 // The timeouts of the configurations. What may happen and what must not are
@@ -101,6 +102,9 @@ func since(major, minor int, before, after outcome) func(haproxytest.Version) ou
 // 3.0 on with the last activity.
 var finTimer = since(3, 0, fromFIN(finOnly), fromLast(finOnly))
 
+// uploadFIN is client-fin in mode http, where it does not act from 3.0 on.
+var uploadFIN = since(3, 0, fromFIN(finOnly), fromLast(plainTimeout))
+
 var (
 	clientFIN = fmt.Sprint("timeout client-fin ", finOnly)
 	serverFIN = fmt.Sprint("timeout server-fin ", finOnly)
@@ -132,19 +136,28 @@ var haproxyCases = []haproxyCase{
 	{name: "tcp, idle, server closes, no client-fin", proxy: "tcp-idle", side: events.Inbound, mode: "tcp",
 		play: serverCloses(idle), want: always(fromLast(plainTimeout))},
 	{name: "http, answer without a length", proxy: "http-no-length", side: events.Inbound, mode: "http",
-		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withoutLength, true), want: always(atOnce)},
+		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withoutLength, withIt), want: always(atOnce)},
 	{name: "http, httpclose", proxy: "http-close", side: events.Inbound, mode: "http", front: []string{httpClose},
-		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withLength, false), want: always(atOnce)},
+		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withLength, never), want: always(atOnce)},
 	{name: "http, server says Connection: close, client stays", proxy: "http-server-close", side: events.Inbound, mode: "http",
-		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withLengthAndClose, true), want: always(outcome{fin: plainTimeout})},
+		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withLengthAndClose, withIt), want: always(outcome{fin: plainTimeout})},
 	{name: "http, client says Connection: close, client stays", proxy: "http-client-close", side: events.Inbound, mode: "http",
-		play: answers("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", withLength, false), want: always(atOnce)},
+		play: answers("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", withLength, never), want: always(atOnce)},
 	{name: "http, kept alive and idle", proxy: "http-keep-alive", side: events.Inbound, mode: "http", front: []string{keepAlive},
-		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withLength, false), want: always(outcome{fin: keptAlive})},
+		play: answers("GET / HTTP/1.1\r\nHost: a\r\n\r\n", withLength, never), want: always(outcome{fin: keptAlive})},
 	{name: "http, upload stalls, no client-fin", proxy: "http-upload", side: events.Inbound, mode: "http",
-		play: answers(stalledUpload, withoutLength, true), want: always(fromLast(plainTimeout))},
+		play: answers(stalledUpload, withoutLength, withIt), want: always(fromLast(plainTimeout))},
 	{name: "http, upload stalls, client-fin", proxy: "http-upload-fin", side: events.Inbound, mode: "http", front: []string{clientFIN},
-		play: answers(stalledUpload, withoutLength, true), want: since(3, 0, fromFIN(finOnly), fromLast(plainTimeout))},
+		play: answers(stalledUpload, withoutLength, withIt), want: uploadFIN},
+	// 2.2 does not pass on a FIN that comes later.
+	{name: "http, upload stalls, server closes later, client-fin", proxy: "http-upload-later-fin", side: events.Inbound, mode: "http",
+		front: []string{clientFIN}, play: answers(stalledUpload, withoutLength, later),
+		want: func(v haproxytest.Version) outcome {
+			if !v.AtLeast(2, 6) {
+				return outcome{fin: plainTimeout}
+			}
+			return uploadFIN(v)
+		}},
 	{name: "WebSocket, server closes", proxy: "websocket", side: events.Inbound, mode: "http", back: []string{tunnel},
 		play: webSocket(func(p *play) error { return p.serverCloses(idle) }), want: since(3, 2, atOnce, fromLast(tunnelled))},
 	{name: "WebSocket, server closes, client-fin", proxy: "websocket-fin", side: events.Inbound, mode: "http",
@@ -212,22 +225,33 @@ func clientGoesOn(p *play) error {
 	return nil
 }
 
-// answers is a request and its answer, after which the server may close.
-func answers(request, response string, closes bool) func(*play) error {
+// A hangup is when a server closes that has answered.
+type hangup uint8
+
+const (
+	never  hangup = iota
+	withIt        // its FIN is in the answer's segment
+	later         // when the client has the answer
+)
+
+// answers is a request and its answer.
+func answers(request, response string, closes hangup) func(*play) error {
 	return func(p *play) (err error) {
 		p.last = during(func() {
 			if err = p.say(request); err != nil {
 				return
 			}
-			// HAProxy may send its FIN before the client has read all.
-			p.cause = during(func() {
-				err = p.answer(response)
-				if closes {
-					err = errors.Join(err, p.server.Close())
-				}
-				err = errors.Join(err, p.hear("ok"))
-			})
+			if closes == withIt {
+				err = errors.Join(p.cork(), p.answer(response), p.server.Close(), p.hear("ok"))
+				return
+			}
+			err = errors.Join(p.answer(response), p.hear("ok"))
+			if closes == later {
+				err = errors.Join(err, p.server.Close())
+			}
 		})
+		// HAProxy may send its FIN before the client has read all.
+		p.cause = p.last
 		return err
 	}
 }
@@ -347,6 +371,11 @@ func (r reload) run(t *testing.T, tr *jsonTrace, ns *kerneltest.Namespace, v hap
 		}
 	}
 	p.check(t, tr, old, r.want)
+	if r.mode == haproxytest.MasterWorker && r.want.from != theReload {
+		if c := tr.await(t, p.key(), "closed"); !c.HAProxy.Old {
+			t.Error("nothing says that it is of a worker that the reload has replaced")
+		}
+	}
 }
 
 // runSlot is about what a connection occupies: a slot while it is held, and none
@@ -453,6 +482,7 @@ func (p *play) check(t *testing.T, tr *jsonTrace, pid int, want outcome) {
 	if side := p.c.side; c.Side != side.String() || c.Comm != "haproxy" || int(c.PID) != pid {
 		t.Errorf("side %s of %s[%d], want %s of haproxy[%d]", c.Side, c.Comm, c.PID, side, pid)
 	}
+	p.checkPlace(t, tr.about(p.key(), ""), want)
 	if t.Failed() {
 		t.Logf("held for %s, in the minisock for %s, FIN at %s; cause %s, last activity %s, reload %s",
 			held, minisock, clock(c.Since), p.cause, p.last, p.reloaded)
@@ -460,3 +490,31 @@ func (p *play) check(t *testing.T, tr *jsonTrace, pid int, want outcome) {
 }
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+// checkPlace looks at what the records say of HAProxy, once it is known to the
+// trace: which proxy and server, and the timeout that will end the connection.
+func (p *play) checkPlace(t *testing.T, records []report.Record, want outcome) {
+	t.Helper()
+	last := records[len(records)-1].HAProxy
+	proxy, server, base := p.c.proxy, "", "client"
+	if p.c.side == events.Outbound {
+		proxy, server, base = p.c.backend(), "origin", "server"
+	}
+	if last == nil || last.Proxy != proxy || last.Server != server || last.Side != base {
+		t.Errorf("of %+v, want %s %q on the %s's side", last, proxy, server, base)
+		return
+	}
+	if want.held == 0 || want.from == theReload {
+		return
+	}
+	if last.Timeout == nil || *last.Timeout != want.held.Seconds() {
+		t.Errorf("HAProxy is said to end it after %v s, and does after %s", last.Timeout, want.held)
+	}
+	name := map[time.Duration]string{finOnly: base + "-fin", plainTimeout: base, tunnelled: "tunnel"}[want.held]
+	words := fmt.Sprintf("timeout %s %s", name, want.held)
+	for _, r := range records {
+		if r.HAProxy != nil && r.Stage == events.Held.String() && !strings.Contains(r.LimitSource, words) {
+			t.Errorf("%s, while held: its limit is by %q, want %s", r.Kind, r.LimitSource, words)
+		}
+	}
+}

@@ -83,7 +83,7 @@ func listConnections(ctx context.Context, e env, rules limits.Rules, haproxies *
 		rules:     rules,
 		haproxies: haproxies,
 		notify:    func(*track.Notice) {},
-		warn:      func(err error) { fmt.Fprintln(e.stderr, "fintrace: not looked at:", err) },
+		warn:      func(err error) { e.notLookedAt(err) },
 	}
 	if err := w.seed(ctx); err != nil {
 		return nil, 0, err

@@ -176,6 +176,12 @@ func (e env) whenUnread(stop func()) {
 	}()
 }
 
+// notLookedAt warns of what is missing from the output. It may quote what a
+// process or a file says.
+func (e env) notLookedAt(err error) {
+	fmt.Fprintln(e.stderr, "fintrace: not looked at:", report.Clean(err.Error()))
+}
+
 // style is how text goes to stdout: a terminal gets colour, unless NO_COLOR
 // (no-color.org) is set, and lines that fit; a pipe gets neither.
 func (e env) style() report.Style {

@@ -112,7 +112,7 @@ func (t *tracing) run(ctx context.Context) (err error) {
 		warn: func(err error) {
 			if !warned[err.Error()] {
 				warned[err.Error()] = true
-				fmt.Fprintln(t.env.stderr, "fintrace: not looked at:", err)
+				t.env.notLookedAt(err)
 			}
 		},
 	}

@@ -267,6 +267,7 @@ var disagreements = map[string]disagreement{
 	"default-option":                  {before: "3.2", why: "older versions mistake the option for an argument of itself"},
 	"env-unset-only":                  {from: "2.9", why: "words of bind that are not known are passed over"},
 	"env-unset-ends":                  {from: "3.3", why: "an empty word was permitted before"},
+	"frontend-address-alone":          {from: "3.2", why: "older versions have an alert and go on"},
 	"if-enabled":                      {before: "2.8", why: "conditions of all versions are known"},
 	"keyword-unknown":                 {why: "keywords that are not known are passed over"},
 	"names-same-frontend-and-backend": {from: "3.3", why: "it was permitted before"},

@@ -43,7 +43,7 @@ func (p procfs) indices(pid int, file string, index, name, base int, found map[s
 			continue // of igmp, the groups of the interface above
 		}
 		if n, err := strconv.ParseUint(fields[index], base, 32); err == nil {
-			found[fields[name]] = uint32(n)
+			found[strings.TrimSuffix(fields[name], ":")] = uint32(n) // igmp leaves no space after a long one
 		}
 	}
 }
@@ -51,6 +51,9 @@ func (p procfs) indices(pid int, file string, index, name, base int, found map[s
 // namespaces are the inodes of the network namespaces that a configuration
 // names, as HAProxy looks them up.
 func (v view) namespaces(c *Config) map[string]uint32 {
+	if v.root == "" {
+		return nil // It is not known where it looks them up.
+	}
 	var found map[string]uint32
 	look := func(name string) {
 		if name == "" || strings.Contains(name, "/") {

@@ -581,8 +581,11 @@ func (d *discovery) askSockets(ctx context.Context, g *group) {
 			continue
 		}
 		if e.isLocal() && (g.leader.net == 0 || g.leader.net != d.net) {
-			problems = append(problems, fmt.Sprintf("haproxy runtime socket %s: it is in another network namespace: "+
-				"add a `stats socket` that is a path, such as /run/haproxy/admin.sock", s.Value))
+			why := "it is in another network namespace: add a `stats socket` that is a path, such as /run/haproxy/admin.sock"
+			if g.leader.net == 0 {
+				why = "permission denied to see its network namespace: run as root"
+			}
+			problems = append(problems, fmt.Sprintf("haproxy runtime socket %s: %s", s.Value, why))
 			continue
 		}
 		part := 2
@@ -669,11 +672,17 @@ func (d *discovery) result() Found {
 			case answered != nil && !g.isMaster && answered.start.Sub(t.start) > sameMoment:
 				p.Old = true
 			}
-			for _, s := range g.sources {
-				p.Changed = p.Changed || s.Modified.After(t.start.Add(sameMoment))
+			before := d.previous(t)
+			if before != nil {
+				p.Start = before.Start // the clocks that it follows from may have been set
 			}
-			// A process never reads its files again.
-			if before := d.previous(t); before != nil && before.Config != nil && !before.Changed && before.Version.Known() {
+			for _, s := range g.sources {
+				p.Changed = p.Changed || s.Modified.After(p.Start.Add(sameMoment))
+			}
+			// A process never reads its files again. What was read for an unknown
+			// version may be read better now, as long as it is the same text.
+			if before != nil && before.Config != nil && !before.Changed &&
+				(before.Version.Known() || p.Changed || g.config == nil) {
 				p.Config, p.Changed = before.Config, false
 			}
 			if p.Config != nil {

@@ -72,7 +72,7 @@ func TestDiscover(t *testing.T) {
 					if p.Master != master || p.Netns != ns.Inode || p.Version.Text != v.Text || p.Changed {
 						t.Errorf("process %+v: want master %d, netns %d, version %s", p, master, ns.Inode, v.Text)
 					}
-					if p.Config == nil || !slices.Equal(p.Config.Files, []string{h.Version.Inside(h.ConfigPath())}) || len(p.Config.Proxies) != 2 {
+					if p.Config == nil || !slices.Equal(p.Config.Files, []string{v.Inside(h.ConfigPath())}) || len(p.Config.Proxies) != 2 {
 						t.Errorf("configuration %+v, problems %q", p.Config, p.Problems)
 					}
 				}
@@ -184,6 +184,8 @@ func TestDiscoverMoved(t *testing.T) {
 	write("conf/d/2.cfg", "backend b\n\tserver s 127.0.0.1:8081\n")
 	write("conf/d/1.cfg", "frontend a\n\tbind ${FINTRACE_BIND}\n\tdefault_backend b\n")
 	write("conf/d/0.txt", "this is not read")
+	write("conf/d/.0.cfg", "nor is this")
+	write("conf/d/0.cfg.cfg", "nor this")
 	link(write("real/global.cfg", "global\n\tstats socket \"unix@$FINTRACE_DIR/s\"\n\tmaxconn 77\n"), "conf/global.cfg")
 	link(write("real/elsewhere/defaults.cfg", proxyText[:strings.Index(proxyText, "frontend")]), "conf/defaults.cfg")
 	link(filepath.Join(dir, "real/elsewhere"), "conf/link")
@@ -245,7 +247,7 @@ func run(t *testing.T, cmd *exec.Cmd, socket string) (pid int) {
 
 // TestDiscoverChanged: a process runs what was in its files when it started.
 func TestDiscoverChanged(t *testing.T) {
-	h := haproxytest.Start(t, kerneltest.NewNamespace(t), haproxytest.System(t), haproxytest.MasterWorker, proxyText)
+	h := haproxytest.Start(t, kerneltest.NewNamespace(t), haproxytest.System(t), haproxytest.Foreground, proxyText)
 	before := Discover(t.Context(), DiscoverOptions{})
 	pid := h.Worker()
 	if one(t, before, pid).Changed {
@@ -276,7 +278,7 @@ func TestDiscoverChanged(t *testing.T) {
 
 	h.WriteConfig("not a configuration\n")
 	found := Discover(t.Context(), DiscoverOptions{Previous: before.Processes})
-	if p := one(t, found, pid); p.Config == nil || client(p) != time.Hour || len(p.Problems) != 1 {
+	if p := one(t, found, pid); p.Config == nil || client(p) != time.Hour || p.Info == nil || len(p.Problems) != 1 {
 		t.Errorf("with a broken file: %+v", p)
 	}
 }
@@ -326,6 +328,13 @@ func (f fakeProc) write(name, text string) string {
 	return path
 }
 
+func (f fakeProc) writeAt(path, text string) {
+	f.t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
 func (f fakeProc) link(target, name string) {
 	f.t.Helper()
 	path := filepath.Join(f.dir, name)
@@ -342,7 +351,7 @@ type fakeTask struct {
 	pid, ppid, seconds int // when it started, since boot
 	comm, args, env    string
 	nspid              string
-	mnt                int
+	mnt, net           int
 	root               string // "" has none that can be read
 }
 
@@ -362,7 +371,7 @@ func (f fakeProc) add(p fakeTask) {
 	f.write(name("environ"), strings.ReplaceAll(p.env, " ", "\x00"))
 	f.link(fmt.Sprintf("mnt:[%d]", max(p.mnt, 1)), name("ns/mnt"))
 	f.link("pid:[1]", name("ns/pid"))
-	f.link("net:[2]", name("ns/net"))
+	f.link(fmt.Sprintf("net:[%d]", max(p.net, 2)), name("ns/net"))
 	if p.root != "" {
 		f.link(p.root, name("root"))
 		f.link(p.root, name("cwd"))
@@ -408,7 +417,7 @@ func TestDiscoverOld(t *testing.T) {
 			map[int]is{11: {10, false}, 12: {10, false}},
 		},
 		"a reload that failed": { // whose master names its worker ever after
-			[]fakeTask{{pid: 10, args: "haproxy -sf 11 -f /h.cfg -W"}, {pid: 11, ppid: 10, seconds: 5, args: run + " -W"}},
+			[]fakeTask{{pid: 10, seconds: 5, args: "haproxy -sf 11 -f /h.cfg -W"}, {pid: 11, ppid: 10, seconds: 5, args: run + " -W"}},
 			map[int]is{11: {10, false}},
 		},
 		"what a worker starts": {
@@ -447,7 +456,7 @@ func TestDiscoverOld(t *testing.T) {
 			map[int]is{11: {10, true}, 21: {20, false}},
 		},
 		"one that is named otherwise, and others that only seem so": {
-			[]fakeTask{{pid: 10, comm: "lb", args: "/opt/haproxy -f /h.cfg"}, {pid: 11, args: "sh /etc/init.d/haproxy -f /h.cfg"}, {pid: 12, args: "haproxy -c -f /h.cfg"}, {pid: 13, comm: "haproxy_exporte", args: "haproxy_exporter -f /h.cfg"}},
+			[]fakeTask{{pid: 10, comm: "l) b", args: "/opt/haproxy -f /h.cfg"}, {pid: 11, args: "sh /etc/init.d/haproxy -f /h.cfg"}, {pid: 12, args: "haproxy -c -f /h.cfg"}, {pid: 13, comm: "haproxy_exporte", args: "haproxy_exporter -f /h.cfg"}},
 			map[int]is{10: {}},
 		},
 	} {
@@ -463,6 +472,171 @@ func TestDiscoverOld(t *testing.T) {
 			}
 			if diff := cmp.Diff(test.want, got, cmp.AllowUnexported(is{})); diff != "" {
 				t.Errorf("processes (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestDiscoverStopping: what a process says of itself counts for more than what
+// others were told. A new one is named to take over before it can.
+func TestDiscoverStopping(t *testing.T) {
+	for stopping, old := range map[string]bool{"Stopping: 0": false, "Stopping: 1": true} {
+		for args, others := range map[string]bool{"haproxy -f /new.cfg": false, "haproxy -f /new.cfg -sf 6154": true} {
+			f := newFakeProc(t)
+			root := t.TempDir()
+			f.writeAt(root+"/h.cfg", "global\n\tstats socket /s\n")
+			f.writeAt(root+"/new.cfg", "")
+			serve(t, "unix", root+"/s", answer(strings.Replace(infoText, "Stopping: 1", stopping, 1)))
+			f.add(fakeTask{pid: 6154, args: "haproxy -f /h.cfg", root: root})
+			f.add(fakeTask{pid: 7000, seconds: 5, args: args, root: root})
+			if p := one(t, f.discover(), 6154); p.Info == nil || p.Old != old {
+				t.Errorf("%s, and another was started with %q: %+v", stopping, args, p)
+			}
+			os.Remove(root + "/h.cfg")
+			if p := one(t, f.discover(), 6154); p.Info != nil || p.Old != others {
+				t.Errorf("nothing said, and another was started with %q: %+v", args, p)
+			}
+		}
+	}
+}
+
+// TestDiscoverTaken: who answers at the address that two share has taken over.
+func TestDiscoverTaken(t *testing.T) {
+	f := newFakeProc(t)
+	root := t.TempDir()
+	f.writeAt(root+"/h.cfg", "global\n\tstats socket /s\n")
+	serve(t, "unix", root+"/s", answer(strings.Replace(infoText, "Stopping: 1", "Stopping: 0", 1)))
+	f.add(fakeTask{pid: 10, args: "haproxy -f /h.cfg", root: root})
+	f.add(fakeTask{pid: 6154, seconds: 5, args: "haproxy -f /h.cfg", root: root})
+	f.add(fakeTask{pid: 7000, seconds: 9, args: "haproxy -f /h.cfg", root: root})
+	found := f.discover()
+	for pid, old := range map[int]bool{10: true, 6154: false, 7000: false} {
+		if p := one(t, found, pid); p.Old != old {
+			t.Errorf("process %d: old %v", pid, p.Old)
+		}
+	}
+	if one(t, found, 10).Config != one(t, found, 7000).Config {
+		t.Error("the same files were read for each of them")
+	}
+}
+
+// TestDiscoverVersion: what reads the configuration is the version that the
+// process says, where its program cannot be read.
+func TestDiscoverVersion(t *testing.T) {
+	f := newFakeProc(t)
+	root := t.TempDir()
+	f.writeAt(root+"/h.cfg", "global\n\tstats socket /s\n.if version_atleast(2.6)\n\tmaxconn 6\n.else\n\tmaxconn 5\n.endif\n")
+	f.add(fakeTask{pid: 6154, args: "haproxy -f /h.cfg", root: root})
+	if p := one(t, f.discover(), 6154); p.Version.Known() || p.Config == nil || !p.Config.Global.Maxconn.Undecided {
+		t.Errorf("without an answer: %+v", p)
+	}
+	serve(t, "unix", root+"/s", answer(infoText))
+	p := one(t, f.discover(), 6154)
+	if p.Version.Text != "2.6.12-1+deb12u4" || p.Config.Global.Maxconn.Value != 6 || p.Config.Global.Maxconn.Undecided {
+		t.Errorf("with one: %+v", p)
+	}
+}
+
+// TestDiscoverVanished: one that ends while it is asked is not there any more.
+func TestDiscoverVanished(t *testing.T) {
+	f := newFakeProc(t)
+	root := t.TempDir()
+	f.writeAt(root+"/h.cfg", "global\n\tstats socket /s\n")
+	f.add(fakeTask{pid: 6154, args: "haproxy -f /h.cfg", root: root})
+	serve(t, "unix", root+"/s", func(conn net.Conn) {
+		os.Remove(f.dir + "/6154/stat")
+		answer(infoText)(conn)
+	})
+	if found := f.discover(); len(found.Processes) > 0 {
+		t.Errorf("found %+v", found)
+	}
+}
+
+// TestDiscoverKeyword: the master-worker mode can be asked for in a file too.
+func TestDiscoverKeyword(t *testing.T) {
+	f := newFakeProc(t)
+	root := t.TempDir()
+	f.writeAt(root+"/master.cfg", "global\n  master-worker no-exit-on-failure\n")
+	f.writeAt(root+"/none.cfg", "global\n  maxconn 5 # master-worker\n")
+	f.add(fakeTask{pid: 10, args: "haproxy -f /master.cfg", root: root})
+	f.add(fakeTask{pid: 11, ppid: 10, seconds: 5, args: "haproxy -f /master.cfg", root: root})
+	f.add(fakeTask{pid: 20, args: "haproxy -f /none.cfg", root: root})
+	f.add(fakeTask{pid: 21, ppid: 20, seconds: 5, args: "haproxy -f /none.cfg", root: root}) // to be a check
+	found := f.discover()
+	if len(found.Processes) != 2 || one(t, found, 11).Master != 10 || one(t, found, 20).Master != 0 {
+		t.Errorf("found %+v", found)
+	}
+}
+
+// TestDiscoverNetns: an address of another network namespace is not of ours.
+func TestDiscoverNetns(t *testing.T) {
+	f := newFakeProc(t)
+	root := t.TempDir()
+	port := serve(t, "tcp4", "127.0.0.1:0", answer(infoText)).(*net.TCPAddr).Port
+	address := fmt.Sprintf("ipv4@127.0.0.1:%d", port)
+	f.writeAt(root+"/h.cfg", "global\n\tstats socket "+address+"\n")
+	f.add(fakeTask{pid: 6154, args: "haproxy -f /h.cfg", root: root})
+	if p := one(t, f.discover(), 6154); p.Info == nil || len(p.Problems) > 0 {
+		t.Errorf("in ours: %+v", p)
+	}
+	other := newFakeProc(t)
+	other.add(fakeTask{pid: 6154, net: 3, args: "haproxy -f /h.cfg", root: root})
+	want := []string{"haproxy runtime socket " + address + ": it is in another network namespace: add a `stats socket` that is a path, such as /run/haproxy/admin.sock"}
+	if p := one(t, other.discover(), 6154); p.Info != nil || p.Netns != 3 || !slices.Equal(p.Problems, want) {
+		t.Errorf("in another: %+v", p)
+	}
+}
+
+// TestDiscoverRoot finds the files of a process in a chroot where others that
+// see the same mounts see them, unless somebody else has made up that root.
+func TestDiscoverRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("not run: it needs root, to give files to somebody else")
+	}
+	empty := t.TempDir()
+	roots := map[string]string{}
+	for _, name := range []string{"parent", "ours", "other", "foreign"} {
+		roots[name] = t.TempDir()
+		if err := os.WriteFile(roots[name]+"/h.cfg", []byte("global\n\tlog-tag "+name+"\n\tstats socket /"+name+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, test := range map[string]struct {
+		leader, parent fakeTask
+		self           string // our own root
+		want           string
+	}{
+		"its parent's":                          {self: roots["ours"], want: "/parent"},
+		"ours":                                  {self: roots["ours"], parent: fakeTask{mnt: 9}, want: "/ours"},
+		"any other's":                           {self: empty, parent: fakeTask{mnt: 9}, want: "/other"},
+		"any other's of its mounts":             {self: roots["ours"], leader: fakeTask{mnt: 5}, parent: fakeTask{mnt: 9}, want: ""},
+		"not the parent's, with a link to ours": {self: roots["ours"], parent: fakeTask{root: empty}, want: "/ours"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFakeProc(t)
+			if err := os.Remove(f.dir + "/self/root"); err != nil {
+				t.Fatal(err)
+			}
+			f.link(test.self, "self/root")
+			test.leader.pid, test.leader.ppid, test.leader.args, test.leader.root = 10, 9, "haproxy -f /h.cfg", empty
+			f.add(test.leader)
+			test.parent.pid, test.parent.comm, test.parent.args = 9, "supervisor", "supervisor"
+			if test.parent.root == "" {
+				test.parent.root = roots["parent"]
+			}
+			f.add(test.parent)
+			f.add(fakeTask{pid: 1000, comm: "evil", args: "evil", root: roots["foreign"]})
+			if err := os.Chown(f.dir+"/1000", 1000, 1000); err != nil {
+				t.Fatal(err)
+			}
+			f.add(fakeTask{pid: 2000, comm: "init", args: "init", root: roots["other"]})
+			p := one(t, f.discover(), 10)
+			got := ""
+			if p.Config != nil {
+				got = p.Config.Global.StatsSockets[0].Value
+			}
+			if got != test.want {
+				t.Errorf("read from the root of %q, want %q; problems %q", got, test.want, p.Problems)
 			}
 		})
 	}

@@ -60,7 +60,7 @@ func openProcfs(dir string) (procfs, error) {
 	if err != nil {
 		return p, fmt.Errorf("%s: %w", p.file("uptime"), err)
 	}
-	p.boot = time.Now().Add(-time.Duration(seconds * float64(time.Second)))
+	p.boot = time.Now().Round(0).Add(-time.Duration(seconds * float64(time.Second)))
 	p.mnt, _ = os.Readlink(p.file("self", "ns", "mnt"))
 	p.net = p.namespace("self", "net")
 	return p, nil
@@ -214,14 +214,19 @@ func readSome(name string, most int64) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, most))
 }
 
-// Children are the pids of a process's children, as text; "" where there are
-// none, or the kernel does not say (CONFIG_PROC_CHILDREN).
-func Children(pid int) string {
+// Children are the pids of a process's children; none where the kernel does not
+// say (CONFIG_PROC_CHILDREN).
+func Children(pid int) (pids []int) {
 	text, err := readSome(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid), maxCommandLine)
 	if err != nil {
-		return ""
+		return nil
 	}
-	return string(text)
+	for _, field := range strings.Fields(string(text)) {
+		if pid, err := strconv.Atoi(field); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // IsName says whether a process of that name may be HAProxy: distributions that

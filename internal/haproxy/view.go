@@ -151,9 +151,19 @@ func (w *worker) arrange() {
 	for _, s := range w.process.Servers {
 		known[[2]string{s.Backend, s.Server}] = s.Addr
 		for i, px := range w.process.Config.Proxies {
-			if px.Name == s.Backend && px.Connects() && s.Addr.Addr().IsValid() {
-				w.addTarget(s.Addr, target{proxy: i, server: s.Server, netns: w.netns(serverNetns(px, s.Server))})
+			if px.Name != s.Backend || !px.Connects() || !s.Addr.Addr().IsValid() {
+				continue
 			}
+			at, namespace := s.Addr, ""
+			for _, written := range px.Servers {
+				if written.Name == s.Server {
+					namespace = written.Namespace
+					if written.Port == 0 { // HAProxy shows an offset as if it was a port.
+						at = netip.AddrPortFrom(at.Addr(), 0)
+					}
+				}
+			}
+			w.addTarget(at, target{proxy: i, server: s.Server, netns: w.netns(namespace)})
 		}
 	}
 	for i, px := range w.process.Config.Proxies {
@@ -204,15 +214,6 @@ func (w *worker) addTarget(a netip.AddrPort, t target) {
 	}
 }
 
-func serverNetns(px *Proxy, server string) string {
-	for _, s := range px.Servers {
-		if s.Name == server {
-			return s.Namespace
-		}
-	}
-	return ""
-}
-
 // netns is the inode of a namespace that the configuration names, else that of
 // the process.
 func (w *worker) netns(name string) uint32 {
@@ -259,9 +260,9 @@ func (v *View) find(w *worker, s Socket) uint32 {
 	return v.intern(w, s.Side, proxies, server)
 }
 
-// byListener returns the proxies whose listener would have taken the
-// connection, chosen as the kernel does (inet_lookup_listener()): the address
-// first, then the device, then the family.
+// byListener returns the proxies whose listener has taken the connection. The
+// kernel looks for the address first, then for any (inet_lookup_listener()); the
+// device is that of the listener.
 func (w *worker) byListener(s Socket) []int {
 	found := w.found[:0]
 	best := 0

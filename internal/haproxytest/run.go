@@ -84,11 +84,14 @@ func (h *HAProxy) SocketPath() string { return filepath.Join(h.Dir, socketName) 
 // MasterPath is the master's socket, as the test sees it.
 func (h *HAProxy) MasterPath() string { return filepath.Join(h.Dir, masterName) }
 
+// Inside is a path of the test as HAProxy sees it.
+func (h *HAProxy) Inside(path string) string { return h.Version.Inside(path) }
+
 // WriteConfig replaces the configuration file; Reload makes it effective.
 func (h *HAProxy) WriteConfig(config string) {
 	h.t.Helper()
 	config = fmt.Sprintf("%s\nglobal\n\tstats socket %s mode 600 level admin\n",
-		strings.TrimSuffix(config, "\n"), h.Version.Inside(h.SocketPath()))
+		strings.TrimSuffix(config, "\n"), h.Inside(h.SocketPath()))
 	if err := os.WriteFile(h.ConfigPath(), []byte(config), 0o600); err != nil {
 		h.t.Fatal(err)
 	}
@@ -151,9 +154,9 @@ func (h *HAProxy) start(args ...string) {
 	case Foreground:
 		args = append(args, "-db")
 	case MasterWorker:
-		args = append(args, "-W", "-S", h.Version.Inside(h.MasterPath()))
+		args = append(args, "-W", "-S", h.Inside(h.MasterPath()))
 	}
-	args = slices.Concat([]string{"-f", h.Version.Inside(h.ConfigPath())}, h.args, args)
+	args = slices.Concat([]string{"-f", h.Inside(h.ConfigPath())}, h.args, args)
 	log, err := os.OpenFile(filepath.Join(h.Dir, logName), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		h.t.Fatal(err)
@@ -270,11 +273,25 @@ func (h *HAProxy) Stop() {
 	for _, fd := range fds {
 		// A worker ends with its master, or now.
 		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if n, err := unix.Poll(poll, int(patience.Milliseconds())); n != 1 {
+		if err := awaitEnd(fd); err != nil {
 			h.t.Errorf("a worker of HAProxy %s does not end: %v", h.Version, err)
 		}
 		unix.Close(fd)
+	}
+}
+
+// awaitEnd waits for the end of the process that a pidfd is of.
+func awaitEnd(fd int) error {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(patience.Milliseconds()))
+		switch {
+		case n == 1:
+			return nil
+		case err == nil:
+			return fmt.Errorf("not in %s", patience)
+		case !errors.Is(err, unix.EINTR):
+			return err
+		}
 	}
 }
 

@@ -68,7 +68,7 @@ func proxyName(c *track.Conn) string {
 	if p.Process.Old {
 		name += " (old worker)"
 	}
-	return name
+	return Clean(name)
 }
 
 // print writes a table's lines: the titles bold, the marked rows red.
