@@ -4,7 +4,6 @@ package haproxy
 
 import (
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 )
@@ -200,6 +199,7 @@ func (p *parser) bind(w []word) {
 		expanded, open := p.env.expand(text)
 		if open = open || w[1].open; open {
 			b.Undecided = true
+			p.note(column, "the address depends on a variable that is not known here")
 		}
 		if expanded == "" && !open {
 			p.fail(column, "the address %q is empty once its variables are replaced", text)
@@ -216,9 +216,13 @@ func (p *parser) bind(w []word) {
 		if !a.tcp {
 			a.first, a.last = 0, 0
 		}
+		if open {
+			a.ip = netip.Addr{}
+		}
 		b.Addrs = append(b.Addrs, BindAddr{Text: expanded, IP: a.ip, First: uint16(a.first), Last: uint16(a.last)})
 	}
 	ok := p.keywords(w[2:], bindArguments, bindRequired, func(keyword, argument word) {
+		b.Undecided = b.Undecided || keyword.open
 		switch keyword.text {
 		case "interface":
 			b.Interface = argument.text
@@ -301,6 +305,7 @@ func (p *parser) serverLine(w []word) {
 	text, open := p.env.expand(rest[1].text)
 	if open = open || rest[1].open; open {
 		s.Undecided = true
+		p.note(rest[1].column, "the address depends on a variable that is not known here")
 	}
 	if text == "" && !open {
 		p.fail(rest[1].column, "the address %q is empty once its variables are replaced", rest[1].text)
@@ -312,7 +317,7 @@ func (p *parser) serverLine(w []word) {
 		return
 	}
 	s.Host = a.host
-	if a.tcp {
+	if a.tcp && !open {
 		s.IP = a.ip
 		if s.AnyDest = a.ip.IsValid() && a.ip.IsUnspecified(); s.AnyDest {
 			s.IP = netip.Addr{}
@@ -321,11 +326,6 @@ func (p *parser) serverLine(w []word) {
 			s.Port = uint16(a.first)
 		}
 	}
-	same := func(other Server) bool { return other.Name == s.Name && !other.Undecided && other.Count == 1 }
-	if i := slices.IndexFunc(p.current.Servers, same); i >= 0 && !s.Undecided && keyword == "server" {
-		p.fail(rest[0].column, "server %s has the name of the one at %s", s.Name, p.current.Servers[i].Pos)
-		return
-	}
 	if p.serverKeywords(rest[2:], &s) {
 		p.current.Servers = append(p.current.Servers, s)
 	}
@@ -333,6 +333,7 @@ func (p *parser) serverLine(w []word) {
 
 func (p *parser) serverKeywords(w []word, s *Server) bool {
 	return p.keywords(w, serverArguments, serverRequired, func(keyword, argument word) {
+		s.Undecided = s.Undecided || keyword.open
 		switch keyword.text {
 		case "disabled", "enabled":
 			s.Disabled = keyword.text == "disabled"

@@ -42,7 +42,7 @@ const maxDepth = 1024
 func (c *condition) evaluate() (truth, error) {
 	c.spaces()
 	if c.at == len(c.text) {
-		return no, nil
+		return min(truthOf(c.open), undecided), nil
 	}
 	value, err := c.or()
 	if err != nil {

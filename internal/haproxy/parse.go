@@ -31,8 +31,11 @@ func Parse(sources []Source, o Options) (*Config, error) {
 			break
 		}
 	}
+	p.behead()
+	p.open = false
 	if !p.stopped {
 		p.checkReferences()
+		p.checkServers()
 	}
 	if len(p.errors) > 0 {
 		return nil, p.errors
@@ -55,11 +58,18 @@ type parser struct {
 	ambiguous  map[string]Pos    // of them, those of a name that another had, and where
 	last       *Proxy            // the defaults section that proxies inherit without from
 
-	pos     Pos
-	section string // as HAProxy names it in $.SECTION
-	keyword string // of the section that lines belong to; "" before the first
-	current *Proxy // of a proxy's or defaults section
-	conds   []branch
+	pos  Pos
+	raw  string // the line itself
+	open bool   // the line has a variable in it whose value is not known here
+	// openName: so has the name of a section.
+	openName bool
+	section  string // as HAProxy names it in $.SECTION
+	keyword  string // of the section that lines belong to; "" before the first
+	current  *Proxy // of a proxy's or defaults section
+	conds    []branch
+	// headless is what is wrong with the head of the section, which is an error
+	// once something stands in it.
+	headless *Error
 
 	lines    int  // of the section so far
 	indented bool // all of them are
@@ -88,17 +98,24 @@ func (p *parser) state() truth {
 }
 
 // fail is for what HAProxy refuses, at a column. In a part that may not be
-// there it may never see it.
+// there it may never see it, and a variable that is not known here may stand
+// for something that it accepts.
 func (p *parser) fail(column int, format string, args ...any) {
 	pos := p.pos
 	pos.Column = column
 	text := fmt.Sprintf(format, args...)
-	if p.state() == undecided {
+	if p.state() == undecided || p.open {
 		p.config.Notes = append(p.config.Notes, Note{pos, text})
 		return
 	}
 	p.errors = append(p.errors, &Error{pos, text})
 	p.stopped = p.stopped || len(p.errors) >= maxErrors
+}
+
+// abort is fail for what HAProxy does not read on after.
+func (p *parser) abort(column int, format string, args ...any) {
+	p.fail(column, format, args...)
+	p.stopped = p.stopped || p.state() == yes && !p.open
 }
 
 // refuse is fail, but for what 3.4 has an alert for and then accepts.
@@ -119,7 +136,7 @@ func (p *parser) note(column int, format string, args ...any) {
 func (p *parser) file(s Source) {
 	p.keyword, p.section, p.current = "", "", nil
 	p.conds = nil
-	p.pos = Pos{File: s.Name}
+	p.pos, p.open = Pos{File: s.Name}, false
 	if i := bytes.IndexByte(s.Text, 0); i >= 0 {
 		before := s.Text[:i]
 		p.pos.Line = 1 + bytes.Count(before, []byte("\n"))
@@ -132,13 +149,13 @@ func (p *parser) file(s Source) {
 		p.pos.Line++
 		p.line(line)
 		if rest = after; !ended && !p.stopped {
-			p.conds = nil
+			p.conds, p.open = nil, false
 			p.fail(len(line)+1, "the last line does not end in a newline: the file may have been cut off")
 		}
 	}
 	if n := len(p.conds); n > 0 && !p.stopped {
 		p.pos = p.conds[n-1].pos
-		p.conds = nil
+		p.conds, p.open = nil, false
 		p.fail(p.pos.Column, "this .if has no .endif")
 	}
 }
@@ -148,6 +165,7 @@ func (p *parser) line(line string) {
 	if strings.HasPrefix(trimmed, "[") {
 		return // a scope, which HAProxy reads and uses for nothing
 	}
+	p.raw, p.open = line, false
 	words, err := lex(line, &p.env, p.local, rulesOf(p.version))
 	if err != nil {
 		// HAProxy splits lines into words before it looks at conditions.
@@ -160,6 +178,7 @@ func (p *parser) line(line string) {
 	if len(words) == 0 {
 		return
 	}
+	p.open = slices.ContainsFunc(words, func(w word) bool { return w.open })
 	if strings.HasPrefix(words[0].text, ".") && p.conditional(words) {
 		return
 	}
@@ -198,7 +217,7 @@ func (p *parser) conditional(words []word) bool {
 	}
 	// What is wrong with conditions is so whatever they come to.
 	abort := func(column int, format string, args ...any) bool {
-		p.conds = nil
+		p.conds, p.open = nil, false
 		p.fail(column, format, args...)
 		p.stopped = true
 		return true
@@ -242,7 +261,7 @@ func (p *parser) conditional(words []word) bool {
 		c := &condition{text: strings.Join(texts, " "), version: p.version, env: &p.env, open: open}
 		var err error
 		if value, err = c.evaluate(); err != nil {
-			if b.outer == undecided {
+			if b.outer == undecided || open {
 				p.note(column, "%s", err)
 				value = undecided
 			} else {
@@ -250,7 +269,7 @@ func (p *parser) conditional(words []word) bool {
 			}
 		}
 		if value == undecided {
-			p.note(column, "only HAProxy can decide %s %s: what it guards may or may not hold", name, c.text)
+			p.note(column, "only HAProxy can decide %s: what it guards may or may not hold", strings.TrimSpace(p.raw))
 		}
 	}
 	b.state = value
@@ -280,8 +299,8 @@ func (p *parser) message(words []word) {
 	}
 	switch name {
 	case ".alert":
-		p.fail(words[0].column, ".alert ends the reading here: %s", text)
-		p.stopped = p.stopped || p.state() == yes
+		p.open = false // whatever it says
+		p.abort(words[0].column, ".alert ends the reading here: %s", text)
 	case ".warning":
 		p.note(words[0].column, ".warning: %s", text)
 	}
@@ -328,6 +347,10 @@ func (p *parser) directive(w []word, indented bool) {
 		p.note(w[0].column, "%q is taken for a section that is not known, and passed over", keyword)
 		return
 	}
+	if p.headless != nil {
+		p.errors, p.headless = append(p.errors, p.headless), nil
+		return
+	}
 	p.lines++
 	p.indented = p.indented && indented
 	negated, reset := false, false
@@ -355,7 +378,16 @@ func (p *parser) pass(w []word) {
 	p.current = nil
 }
 
+// behead ends a section.
+func (p *parser) behead() {
+	if p.headless != nil {
+		p.config.Notes = append(p.config.Notes, Note{p.headless.Pos, p.headless.Text})
+		p.headless = nil
+	}
+}
+
 func (p *parser) begin(w []word) {
+	p.behead()
 	p.keyword, p.section = w[0].text, w[0].text
 	if len(w) > 1 {
 		p.section = w[1].text
@@ -379,23 +411,23 @@ func (p *parser) enter(w []word) {
 		name, rest = rest[0], rest[1:]
 	}
 	if kind != Defaults {
-		if name.text == "" {
-			p.fail(name.column, "%s needs a name", kind)
-			p.stopped = p.state() == yes
+		if name.text == "" && !name.open {
+			p.abort(name.column, "%s needs a name", kind)
 			return
 		}
 	}
 	if c := invalidInName(name.text); c != 0 && kind != Defaults {
 		p.refuse(name.column, "%q is not permitted in the name %q: only letters, digits, and . : _ -", c, name.text)
 	}
+	p.openName = p.openName || name.open
 	var from word
 	if len(rest) > 1 && rest[0].text == "from" {
 		from = rest[1]
 	}
-	if extra := len(rest) - 1; kind == Defaults && (extra == 0 || extra > 1 || extra == 1 && from.text == "") {
+	if extra := len(rest) - 1; kind == Defaults && (extra == 0 || extra > 1 || extra == 1 && from.column == 0) {
 		p.note(rest[extra].column, "HAProxy passes over %q", rest[extra].text)
 	}
-	if kind != Defaults && len(rest) > 0 && (from.text == "" || len(rest) != 2) {
+	if kind != Defaults && len(rest) > 0 && (from.column == 0 || len(rest) != 2) {
 		at := rest[0]
 		if at.text == "from" && len(rest) > 2 {
 			at = rest[2]
@@ -405,7 +437,13 @@ func (p *parser) enter(w []word) {
 			hint = "; addresses are given by bind"
 		}
 		p.fail(at.column, "unexpected %q after the name: only from and the name of a defaults section can follow%s", at.text, hint)
-		// HAProxy goes on with the section that it was in.
+		if wrong := len(p.errors) - 1; wrong >= 0 && p.errors[wrong].Pos.Line == p.pos.Line && (len(rest) == 1 || rest[0].text != "from") {
+			// An alert that HAProxy does not count: there is no such section,
+			// and only what stands in it is an error.
+			p.headless = p.errors[wrong]
+			p.errors = p.errors[:wrong]
+		}
+		return
 	}
 	pos := p.pos
 	pos.Column = w[0].column
@@ -427,13 +465,13 @@ func (p *parser) enter(w []word) {
 	if kind == Defaults {
 		parent = newDefaults()
 	}
-	if from.text != "" {
+	if from.text != "" || from.open {
 		if parent = p.inherit(from); parent == nil {
 			return
 		}
 	}
 	p.current = parent.child(kind, name.text, pos)
-	p.current.Undecided = p.state() == undecided
+	p.current.Undecided = p.state() == undecided || from.open
 	if kind != Defaults {
 		p.config.Proxies = append(p.config.Proxies, p.current)
 		return
@@ -456,8 +494,7 @@ func (p *parser) redefine(name word) bool {
 		case !p.version.Known():
 			p.note(name.column, "from 3.1 on HAProxy refuses it: %s", text)
 		case p.version.AtLeast(3, 1):
-			p.fail(name.column, "%s", text)
-			p.stopped = p.stopped || p.state() == yes
+			p.abort(name.column, "%s", text)
 			return false
 		}
 	}
@@ -469,10 +506,13 @@ func (p *parser) redefine(name word) bool {
 
 // inherit returns the defaults section that a from names, nil if there is none.
 func (p *parser) inherit(from word) *Proxy {
+	if from.open {
+		p.note(from.column, "which defaults section it is depends on a variable that is not known here")
+		return newDefaults()
+	}
 	named := p.defaults[from.text]
 	if named == nil {
-		p.fail(from.column, "no defaults section before is named %q", from.text)
-		p.stopped = p.stopped || p.state() == yes
+		p.abort(from.column, "no defaults section before is named %q", from.text)
 		return nil
 	}
 	if first, is := p.ambiguous[from.text]; is {
@@ -533,6 +573,9 @@ func set[T any](p *parser, w []word, value T) Setting[T] {
 	section := p.keyword
 	if p.current != nil {
 		section = p.current.String()
+	}
+	if slices.ContainsFunc(w, func(w word) bool { return w.open }) {
+		p.note(w[0].column, "%s depends on a variable that is not known here", w[0].text)
 	}
 	pos := p.pos
 	pos.Column = w[0].column
@@ -599,8 +642,9 @@ const maxTimer = 1<<31 - 1
 // duration reads a time as parse_time_err() of src/tools.c does: milliseconds
 // without a unit, and rounded up to them.
 func (p *parser) duration(w word) (d time.Duration, ok bool) {
-	if w.open && w.text == "" {
-		return 0, true
+	fail := p.fail
+	if w.open {
+		fail, ok = func(int, string, ...any) {}, true
 	}
 	expected := "a number with us, ms, s, m, h or d after it, such as 60s"
 	i := 0
@@ -608,8 +652,8 @@ func (p *parser) duration(w word) (d time.Duration, ok bool) {
 		i++
 	}
 	if i == 0 {
-		p.fail(w.column, "%q is not a time: expected %s", w.text, expected)
-		return 0, false
+		fail(w.column, "%q is not a time: expected %s", w.text, expected)
+		return 0, ok
 	}
 	unit, unitLength := time.Millisecond, 1
 	switch rest := w.text[i:]; {
@@ -628,16 +672,16 @@ func (p *parser) duration(w word) (d time.Duration, ok bool) {
 	case rest[0] == 'd':
 		unit = 24 * time.Hour
 	default:
-		p.fail(w.column+i, "%q is not a unit of time: expected %s", rest, expected)
-		return 0, false
+		fail(w.column+i, "%q is not a unit of time: expected %s", rest, expected)
+		return 0, ok
 	}
-	if i+unitLength < len(w.text) {
+	if i+unitLength < len(w.text) && !w.open {
 		p.note(w.column, "%q has more after the unit, which HAProxy warns of", w.text)
 	}
 	n, err := strconv.ParseInt(w.text[:i], 10, 64)
 	if err != nil || n > int64(maxTimer*time.Millisecond/unit) {
-		p.fail(w.column, "%q is too long: HAProxy's timers end at 24d20h31m", w.text)
-		return 0, false
+		fail(w.column, "%q is too long: HAProxy's timers end at 24d20h31m", w.text)
+		return 0, ok
 	}
 	d = time.Duration(n) * unit
 	d = (d + time.Millisecond - 1).Truncate(time.Millisecond)
@@ -670,7 +714,7 @@ func (p *parser) global(w []word) {
 	case "fd-hard-limit":
 		number(&g.FDHardLimit)
 	case "nbthread":
-		if len(w) == 2 && !w[1].open && (strings.Trim(w[1].text, "0123456789") != "" || leadingInt(w[1].text) < 1) {
+		if len(w) == 2 && !w[1].open && (leadingNumber(w[1].text) != w[1].text || leadingInt(strings.TrimPrefix(w[1].text, "+")) < 1) {
 			p.fail(w[1].column, "expected a number of threads from 1, not %q", w[1].text)
 			return
 		}
@@ -873,7 +917,7 @@ func (p *parser) timeout(w []word) {
 		p.note(w[0].column, "timeout %s has no effect in %s: it belongs to a %s", name, p.current, kind)
 		return
 	}
-	if last := w[2].text; d > 0 && d < 100*time.Millisecond && isDigit(last[len(last)-1]) {
+	if last := w[2].text; d > 0 && d < 100*time.Millisecond && isDigit(last[len(last)-1]) && !w[2].open {
 		p.note(w[2].column, "timeout %s %s is %s: without a unit it is milliseconds", name, last, d)
 	}
 	p.current.Timeouts[name] = set(p, w, d)
@@ -909,6 +953,9 @@ func (p *parser) option(w []word, negated, reset bool) {
 
 // checkReferences looks for backends that are used and not there.
 func (p *parser) checkReferences() {
+	if p.openName {
+		return
+	}
 	backends := map[string]bool{}
 	for _, px := range p.config.Proxies {
 		if px.Connects() {
@@ -929,6 +976,26 @@ func (p *parser) checkReferences() {
 			}
 			p.pos = use.Pos
 			p.fail(use.Pos.Column, "%s uses backend %q, which is not there", px, use.Value)
+		}
+	}
+}
+
+// checkServers looks for servers of one name.
+func (p *parser) checkServers() {
+	for _, px := range p.config.Proxies {
+		if px.Disabled.Value || px.Undecided {
+			continue
+		}
+		first := map[string]Pos{}
+		for _, s := range px.Servers {
+			if s.Undecided || s.Count != 1 {
+				continue
+			}
+			if pos, is := first[s.Name]; is {
+				p.pos = s.Pos
+				p.fail(s.Pos.Column, "server %s has the name of the one at %s", s.Name, pos)
+			}
+			first[s.Name] = s.Pos
 		}
 	}
 }
