@@ -198,7 +198,7 @@ func (t *tracing) greet() {
 	})
 	report.SortOldest(found)
 	report.SortOldest(overdue)
-	fmt.Fprintf(t.env.stderr, "Tracing inet_sock_set_state in %d network namespace(s); Ctrl-C ends with a summary.\n", t.watch.namespaces)
+	fmt.Fprintf(t.env.stderr, "Tracing inet_sock_set_state in %d network namespace(s); Ctrl-C ends with a summary.\n", len(t.watch.covered))
 	fmt.Fprintf(t.env.stderr, "In FIN_WAIT2 already: %d", len(found))
 	if len(found) > 0 {
 		var parts []string
