@@ -291,7 +291,7 @@ func TestCorpusAgainstHAProxy(t *testing.T) {
 	for name, value := range variables {
 		t.Setenv(name, value)
 	}
-	for _, name := range []string{"UNSET", "FRESH", "FRESH2", "ROUTER_MAX", "ROUTER_LOG", "ROUTER_LOG_LEVEL", "ROUTER_CLIENT_TIMEOUT", "ROUTER_TUNNEL"} {
+	for _, name := range []string{"UNSET", "FRESH", "FRESH2", "LATER", "ROUTER_MAX", "ROUTER_LOG", "ROUTER_LOG_LEVEL", "ROUTER_CLIENT_TIMEOUT", "ROUTER_TUNNEL"} {
 		if _, set := os.LookupEnv(name); set {
 			t.Fatalf("%s is set, which the corpus takes for unset", name)
 		}

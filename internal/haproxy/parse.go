@@ -16,21 +16,19 @@ import (
 // an error, of type Errors, as far as it concerns what is read; words that are
 // not known are passed over.
 func Parse(sources []Source, o Options) (*Config, error) {
-	p := &parser{
-		config:   &Config{},
-		version:  o.Version,
-		defaults: map[string]*Proxy{}, referenced: map[string]bool{}, ambiguous: map[string]Pos{},
-		env: environment{vars: map[string]string{}, unset: map[string]bool{}, complete: o.EnvComplete},
+	p := newParser(o)
+	// From 3.1 on a first reading has only an eye for what global says, setenv
+	// and the like included; the second one begins with the environment that the
+	// first one leaves, but in a worker of a master.
+	changesEnv := func(s Source) bool {
+		return bytes.Contains(s.Text, []byte("setenv")) || bytes.Contains(s.Text, []byte("resetenv"))
 	}
-	maps.Copy(p.env.vars, o.Env)
-	p.last = newDefaults()
-	for _, source := range sources {
-		p.config.Files = append(p.config.Files, source.Name)
-		p.file(source)
-		if p.stopped {
-			break
-		}
+	if (!o.Version.Known() || o.Version.AtLeast(3, 1)) && slices.ContainsFunc(sources, changesEnv) {
+		first := newParser(o)
+		first.files(sources)
+		p.env.other = &first.env
 	}
+	p.files(sources)
 	p.behead()
 	p.open = false
 	if !p.stopped {
@@ -41,6 +39,28 @@ func Parse(sources []Source, o Options) (*Config, error) {
 		return nil, p.errors
 	}
 	return p.config, nil
+}
+
+func newParser(o Options) *parser {
+	p := &parser{
+		config:   &Config{},
+		version:  o.Version,
+		defaults: map[string]*Proxy{}, referenced: map[string]bool{}, ambiguous: map[string]Pos{},
+		env: environment{vars: map[string]string{}, unset: map[string]bool{}, complete: o.EnvComplete},
+	}
+	maps.Copy(p.env.vars, o.Env)
+	p.last = newDefaults()
+	return p
+}
+
+func (p *parser) files(sources []Source) {
+	for _, source := range sources {
+		p.config.Files = append(p.config.Files, source.Name)
+		p.file(source)
+		if p.stopped {
+			break
+		}
+	}
 }
 
 // maxErrors is after how many HAProxy gives up too.
@@ -755,47 +775,22 @@ func (p *parser) global(w []word) {
 // environment takes the keywords that change it for the lines that follow.
 func (p *parser) environment(w []word) {
 	args := w[1:]
-	if p.state() == undecided {
-		for _, name := range args {
-			delete(p.env.vars, name.text)
-			delete(p.env.unset, name.text)
-		}
-		p.env.complete = false
-		return
-	}
 	switch w[0].text {
 	case "setenv", "presetenv":
 		if len(args) < 2 {
 			p.fail(w[0].column+len(w[0].text), "%s needs a name and a value", w[0].text)
 			return
 		}
-		_, isSet, known := p.env.lookup(args[0].text)
-		switch {
-		case w[0].text == "presetenv" && isSet:
-		case w[0].text == "presetenv" && !known, args[1].open:
-			delete(p.env.vars, args[0].text)
-			delete(p.env.unset, args[0].text)
-			p.env.complete = false
-		default:
-			p.env.vars[args[0].text] = args[1].text
-		}
 	case "unsetenv":
 		if len(args) == 0 {
 			p.fail(w[0].column+len(w[0].text), "unsetenv needs a name")
 		}
-		for _, name := range args {
-			delete(p.env.vars, name.text)
-			p.env.unset[name.text] = true
-		}
-	case "resetenv":
-		kept := map[string]string{}
-		for _, name := range args {
-			if value, isSet := p.env.vars[name.text]; isSet {
-				kept[name.text] = value
-			}
-		}
-		if p.env.vars = kept; len(args) == 0 {
-			p.env.complete = true
+	}
+	for e := &p.env; e != nil; e = e.other {
+		if p.state() == undecided {
+			e.doubt(args)
+		} else {
+			e.change(w[0].text, args)
 		}
 	}
 }
