@@ -36,6 +36,7 @@ var variables = map[string]string{
 	"CLIENTWORDS": "client 25s",
 	"SERVERWORDS": "192.0.2.1:80  maxconn 4",
 	"SPACEWORDS":  " 192.0.2.1:80  maxconn 4",
+	"LONGWORD":    "client-fin",
 	"HTTP_PORT":   "8080",
 	"HTTPS_PORT":  "8443",
 	"POD_IP":      "192.0.2.15",

@@ -11,6 +11,7 @@ import (
 type word struct {
 	text   string
 	column int // in bytes from 1
+	end    int // the column behind it
 	// open: it has a variable in it whose value is not known here.
 	open bool
 }
@@ -145,7 +146,7 @@ func (l *lexer) emit(c byte) { l.text = append(l.text, c) }
 
 func (l *lexer) finish() {
 	if l.start >= 0 {
-		l.words = append(l.words, word{string(l.text), l.start + 1, l.open})
+		l.words = append(l.words, word{string(l.text), l.start + 1, l.at + 1, l.open})
 	}
 	l.text, l.start, l.open = l.text[:0], -1, false
 }

@@ -426,7 +426,7 @@ func (p *parser) enter(w []word) {
 		}
 		return
 	}
-	name, rest := word{column: w[0].column + len(p.keyword)}, w[1:]
+	name, rest := word{column: w[0].end}, w[1:]
 	if len(rest) > 0 && !(kind == Defaults && rest[0].text == "from" && len(rest) == 2) {
 		name, rest = rest[0], rest[1:]
 	}
@@ -605,7 +605,7 @@ func set[T any](p *parser, w []word, value T) Setting[T] {
 // number reads the one number that a keyword takes. ok is false after an error.
 func (p *parser) number(w []word, within func(int64) int64) (n int, ok bool) {
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "%s needs a number", w[0].text)
+		p.fail(w[0].end, "%s needs a number", w[0].text)
 		return 0, false
 	}
 	if !p.atMost(w, 2) {
@@ -692,7 +692,7 @@ func (p *parser) duration(w word) (d time.Duration, ok bool) {
 	case rest[0] == 'd':
 		unit = 24 * time.Hour
 	default:
-		fail(w.column+i, "%q is not a unit of time: expected %s", rest, expected)
+		fail(min(w.column+i, w.end), "%q is not a unit of time: expected %s", rest, expected)
 		return 0, ok
 	}
 	if i+unitLength < len(w.text) && !w.open {
@@ -751,7 +751,7 @@ func (p *parser) global(w []word) {
 		}
 	case "hard-stop-after":
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "hard-stop-after needs a time such as 30s")
+			p.fail(w[0].end, "hard-stop-after needs a time such as 30s")
 			return
 		}
 		if d, ok := p.duration(w[1]); ok {
@@ -760,7 +760,7 @@ func (p *parser) global(w []word) {
 	case "stats":
 		if len(w) > 1 && w[1].text == "socket" {
 			if len(w) < 3 {
-				p.fail(w[1].column+len("socket"), "stats socket needs an address such as /run/haproxy/admin.sock")
+				p.fail(w[1].end, "stats socket needs an address such as /run/haproxy/admin.sock")
 				return
 			}
 			s := set(p, w, w[2].text)
@@ -778,12 +778,12 @@ func (p *parser) environment(w []word) {
 	switch w[0].text {
 	case "setenv", "presetenv":
 		if len(args) < 2 {
-			p.fail(w[0].column+len(w[0].text), "%s needs a name and a value", w[0].text)
+			p.fail(w[0].end, "%s needs a name and a value", w[0].text)
 			return
 		}
 	case "unsetenv":
 		if len(args) == 0 {
-			p.fail(w[0].column+len(w[0].text), "unsetenv needs a name")
+			p.fail(w[0].end, "unsetenv needs a name")
 		}
 	}
 	for e := &p.env; e != nil; e = e.other {
@@ -808,7 +808,7 @@ func (p *parser) proxy(w []word, negated, reset bool) {
 	front, back := px.Kind != Backend, px.Kind != Frontend
 	value := func() (word, bool) {
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "%s needs a value", w[0].text)
+			p.fail(w[0].end, "%s needs a value", w[0].text)
 			return word{}, false
 		}
 		return w[1], p.atMost(w, 2)
@@ -844,7 +844,7 @@ func (p *parser) proxy(w []word, negated, reset bool) {
 			return
 		}
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "use_backend needs the name of a backend")
+			p.fail(w[0].end, "use_backend needs the name of a backend")
 			return
 		}
 		px.UseBackends = append(px.UseBackends, set(p, w, w[1].text))
@@ -859,7 +859,7 @@ func (p *parser) mode(w []word) {
 	if !p.atMost(w, 2) {
 		return
 	}
-	name, column := "", w[0].column+len(w[0].text)
+	name, column := "", w[0].end
 	if len(w) > 1 {
 		name, column = w[1].text, w[1].column
 	}
@@ -881,7 +881,7 @@ func (p *parser) mode(w []word) {
 
 func (p *parser) timeout(w []word) {
 	if len(w) < 2 || !frontTimeouts[w[1].text] && !backTimeouts[w[1].text] {
-		at, got := w[0].column+len(w[0].text), ""
+		at, got := w[0].end, ""
 		if len(w) > 1 {
 			at, got = w[1].column, w[1].text
 		}
@@ -892,7 +892,7 @@ func (p *parser) timeout(w []word) {
 	}
 	name := w[1].text
 	if len(w) < 3 {
-		p.fail(w[1].column+len(name), "timeout %s needs a time such as 60s", name)
+		p.fail(w[1].end, "timeout %s needs a time such as 60s", name)
 		return
 	}
 	d, ok := p.duration(w[2])
@@ -927,7 +927,7 @@ var flagOptions = words("abortonclose allbackups checkcache clitcpka contstats d
 
 func (p *parser) option(w []word, negated, reset bool) {
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "option needs a name")
+		p.fail(w[0].end, "option needs a name")
 		return
 	}
 	name := w[1].text
