@@ -880,6 +880,10 @@ func (p *parser) mode(w []word) {
 }
 
 func (p *parser) timeout(w []word) {
+	if len(w) > 1 && w[1].open {
+		p.note(w[1].column, "which timeout it is depends on a variable that is not known here")
+		return
+	}
 	if len(w) < 2 || !frontTimeouts[w[1].text] && !backTimeouts[w[1].text] {
 		at, got := w[0].end, ""
 		if len(w) > 1 {
