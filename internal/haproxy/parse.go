@@ -719,12 +719,15 @@ func (p *parser) global(w []word) {
 			return
 		}
 		if n, ok := p.number(w, asInt); ok {
+			perhapsSet := s.Undecided
 			*s = set(p, w, n)
+			s.Undecided = s.Undecided || perhapsSet
 		}
 	}
 	switch w[0].text {
 	case "maxconn":
-		if len(w) == 2 && !w[1].open && leadingNumber(w[1].text) != w[1].text && p.version.AtLeast(2, 7) {
+		isSet := g.Maxconn.Value != 0 || g.Maxconn.Undecided
+		if len(w) == 2 && !w[1].open && leadingNumber(w[1].text) != w[1].text && p.version.AtLeast(2, 7) && !isSet {
 			p.fail(w[1].column, "expected maxconn and a number, not %q", w[1].text)
 			return
 		}
