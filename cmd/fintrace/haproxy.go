@@ -32,6 +32,7 @@ type haproxies struct {
 	found   haproxy.Found
 	view    *haproxy.View
 	missing bool               // a process of HAProxy has been seen that is not in the view
+	changed bool               // by the last look
 	others  map[int]bool       // that were looked up already
 	running chan haproxy.Found // of a look that goes on; nil if none does
 	began   events.Time        // the last look
@@ -44,21 +45,25 @@ func (h *haproxies) look(ctx context.Context) {
 }
 
 // take takes what a look has found, and says whether it changes anything.
-func (h *haproxies) take(found haproxy.Found) (changed bool) {
+func (h *haproxies) take(found haproxy.Found) bool {
 	h.running = nil
-	changed = !slices.EqualFunc(h.found.Processes, found.Processes, haproxy.SamePlaces)
+	h.changed = !slices.EqualFunc(h.found.Processes, found.Processes, haproxy.SamePlaces)
 	h.found, h.options.Previous = found, found.Processes
-	if changed {
+	if h.changed {
 		h.view = haproxy.NewView(found.Processes)
 	}
-	return changed
+	return h.changed
 }
 
 // refresh begins a look if one is due.
 func (h *haproxies) refresh(ctx context.Context, now events.Time) {
 	wait := reconcileEvery
-	if h.missing {
+	switch {
+	case h.missing:
 		wait = hurry
+	case h.changed:
+		// It may have been in the middle of a reload.
+		wait = checkEvery
 	}
 	if h.running != nil || now < h.began.Add(wait) {
 		return

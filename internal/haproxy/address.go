@@ -167,10 +167,10 @@ func (p *parser) keywords(w []word, withArgument, required map[string]bool, fn f
 			case i < len(w):
 				argument = w[i]
 			case required[keyword.text]:
-				p.fail(keyword.column+len(keyword.text), "%s needs an argument", keyword.text)
+				p.fail(keyword.end, "%s needs an argument", keyword.text)
 				return false
 			default:
-				argument.column = keyword.column + len(keyword.text)
+				argument.column = keyword.end
 			}
 		}
 		fn(keyword, argument)
@@ -184,7 +184,7 @@ func (p *parser) bind(w []word) {
 		return
 	}
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "bind needs an address and port such as *:443")
+		p.fail(w[0].end, "bind needs an address and port such as *:443")
 		return
 	}
 	if p.ineffective(w, p.current.Accepts(), "frontend") {
@@ -194,7 +194,7 @@ func (p *parser) bind(w []word) {
 	b.Pos.Column = w[0].column
 	offset := 0
 	for text := range strings.SplitSeq(strings.TrimSuffix(w[1].text, ","), ",") {
-		column := w[1].column + offset
+		column := min(w[1].column+offset, w[1].end)
 		offset += len(text) + 1
 		expanded, open := p.env.expand(text)
 		if open = open || w[1].open; open {
@@ -281,7 +281,7 @@ func (p *parser) serverLine(w []word) {
 	expected := map[string]string{"server": "a name and an address such as web1 192.0.2.1:80",
 		"server-template": "a prefix, a number and an address such as web 1-10 example.com:80"}[keyword]
 	if len(rest) < 2 || keyword == "server-template" && len(rest) < 3 {
-		p.fail(w[len(w)-1].column+len(w[len(w)-1].text), "%s needs %s", keyword, expected)
+		p.fail(w[len(w)-1].end, "%s needs %s", keyword, expected)
 		return
 	}
 	s.Name = rest[0].text

@@ -134,6 +134,9 @@ func (c *condition) positive() (truth, error) {
 	if err != nil {
 		return no, err
 	}
+	if args == nil && want == 1 {
+		return undecided, nil // accepted, and asked of nothing
+	}
 	if len(args) != want {
 		return no, fmt.Errorf("%s takes %d arguments, not %d", name, want, len(args))
 	}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -36,6 +37,7 @@ var variables = map[string]string{
 	"CLIENTWORDS": "client 25s",
 	"SERVERWORDS": "192.0.2.1:80  maxconn 4",
 	"SPACEWORDS":  " 192.0.2.1:80  maxconn 4",
+	"LONGWORD":    "client-fin",
 	"HTTP_PORT":   "8080",
 	"HTTPS_PORT":  "8443",
 	"POD_IP":      "192.0.2.15",
@@ -291,7 +293,7 @@ func TestCorpusAgainstHAProxy(t *testing.T) {
 	for name, value := range variables {
 		t.Setenv(name, value)
 	}
-	for _, name := range []string{"UNSET", "FRESH", "FRESH2", "ROUTER_MAX", "ROUTER_LOG", "ROUTER_LOG_LEVEL", "ROUTER_CLIENT_TIMEOUT", "ROUTER_TUNNEL"} {
+	for _, name := range []string{"UNSET", "FRESH", "FRESH2", "LATER", "ROUTER_MAX", "ROUTER_LOG", "ROUTER_LOG_LEVEL", "ROUTER_CLIENT_TIMEOUT", "ROUTER_TUNNEL"} {
 		if _, set := os.LookupEnv(name); set {
 			t.Fatalf("%s is set, which the corpus takes for unset", name)
 		}
@@ -403,18 +405,14 @@ func (v verdict) lines(file string) (lines []int) {
 
 // inParallel calls fn for 0 to n-1, two at a time: the waiting is for processes.
 func inParallel(n int, fn func(int)) {
-	next := make(chan int)
+	var next atomic.Int64
 	var wg sync.WaitGroup
 	for range 2 {
 		wg.Go(func() {
-			for i := range next {
-				fn(i)
+			for i := next.Add(1) - 1; i < int64(n); i = next.Add(1) - 1 {
+				fn(int(i))
 			}
 		})
 	}
-	for i := range n {
-		next <- i
-	}
-	close(next)
 	wg.Wait()
 }

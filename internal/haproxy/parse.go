@@ -16,21 +16,19 @@ import (
 // an error, of type Errors, as far as it concerns what is read; words that are
 // not known are passed over.
 func Parse(sources []Source, o Options) (*Config, error) {
-	p := &parser{
-		config:   &Config{},
-		version:  o.Version,
-		defaults: map[string]*Proxy{}, referenced: map[string]bool{}, ambiguous: map[string]Pos{},
-		env: environment{vars: map[string]string{}, unset: map[string]bool{}, complete: o.EnvComplete},
+	p := newParser(o)
+	// From 3.1 on a first reading has only an eye for what global says, setenv
+	// and the like included; the second one begins with the environment that the
+	// first one leaves, but in a worker of a master.
+	changesEnv := func(s Source) bool {
+		return bytes.Contains(s.Text, []byte("setenv")) || bytes.Contains(s.Text, []byte("resetenv"))
 	}
-	maps.Copy(p.env.vars, o.Env)
-	p.last = newDefaults()
-	for _, source := range sources {
-		p.config.Files = append(p.config.Files, source.Name)
-		p.file(source)
-		if p.stopped {
-			break
-		}
+	if (!o.Version.Known() || o.Version.AtLeast(3, 1)) && slices.ContainsFunc(sources, changesEnv) {
+		first := newParser(o)
+		first.files(sources)
+		p.env.other = &first.env
 	}
+	p.files(sources)
 	p.behead()
 	p.open = false
 	if !p.stopped {
@@ -41,6 +39,28 @@ func Parse(sources []Source, o Options) (*Config, error) {
 		return nil, p.errors
 	}
 	return p.config, nil
+}
+
+func newParser(o Options) *parser {
+	p := &parser{
+		config:   &Config{},
+		version:  o.Version,
+		defaults: map[string]*Proxy{}, referenced: map[string]bool{}, ambiguous: map[string]Pos{},
+		env: environment{vars: map[string]string{}, unset: map[string]bool{}, complete: o.EnvComplete},
+	}
+	maps.Copy(p.env.vars, o.Env)
+	p.last = newDefaults()
+	return p
+}
+
+func (p *parser) files(sources []Source) {
+	for _, source := range sources {
+		p.config.Files = append(p.config.Files, source.Name)
+		p.file(source)
+		if p.stopped {
+			break
+		}
+	}
 }
 
 // maxErrors is after how many HAProxy gives up too.
@@ -406,7 +426,7 @@ func (p *parser) enter(w []word) {
 		}
 		return
 	}
-	name, rest := word{column: w[0].column + len(p.keyword)}, w[1:]
+	name, rest := word{column: w[0].end}, w[1:]
 	if len(rest) > 0 && !(kind == Defaults && rest[0].text == "from" && len(rest) == 2) {
 		name, rest = rest[0], rest[1:]
 	}
@@ -585,7 +605,7 @@ func set[T any](p *parser, w []word, value T) Setting[T] {
 // number reads the one number that a keyword takes. ok is false after an error.
 func (p *parser) number(w []word, within func(int64) int64) (n int, ok bool) {
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "%s needs a number", w[0].text)
+		p.fail(w[0].end, "%s needs a number", w[0].text)
 		return 0, false
 	}
 	if !p.atMost(w, 2) {
@@ -672,7 +692,7 @@ func (p *parser) duration(w word) (d time.Duration, ok bool) {
 	case rest[0] == 'd':
 		unit = 24 * time.Hour
 	default:
-		fail(w.column+i, "%q is not a unit of time: expected %s", rest, expected)
+		fail(min(w.column+i, w.end), "%q is not a unit of time: expected %s", rest, expected)
 		return 0, ok
 	}
 	if i+unitLength < len(w.text) && !w.open {
@@ -699,12 +719,15 @@ func (p *parser) global(w []word) {
 			return
 		}
 		if n, ok := p.number(w, asInt); ok {
+			perhapsSet := s.Undecided
 			*s = set(p, w, n)
+			s.Undecided = s.Undecided || perhapsSet
 		}
 	}
 	switch w[0].text {
 	case "maxconn":
-		if len(w) == 2 && !w[1].open && leadingNumber(w[1].text) != w[1].text && p.version.AtLeast(2, 7) {
+		isSet := g.Maxconn.Value != 0 || g.Maxconn.Undecided
+		if len(w) == 2 && !w[1].open && leadingNumber(w[1].text) != w[1].text && p.version.AtLeast(2, 7) && !isSet {
 			p.fail(w[1].column, "expected maxconn and a number, not %q", w[1].text)
 			return
 		}
@@ -731,7 +754,7 @@ func (p *parser) global(w []word) {
 		}
 	case "hard-stop-after":
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "hard-stop-after needs a time such as 30s")
+			p.fail(w[0].end, "hard-stop-after needs a time such as 30s")
 			return
 		}
 		if d, ok := p.duration(w[1]); ok {
@@ -740,7 +763,7 @@ func (p *parser) global(w []word) {
 	case "stats":
 		if len(w) > 1 && w[1].text == "socket" {
 			if len(w) < 3 {
-				p.fail(w[1].column+len("socket"), "stats socket needs an address such as /run/haproxy/admin.sock")
+				p.fail(w[1].end, "stats socket needs an address such as /run/haproxy/admin.sock")
 				return
 			}
 			s := set(p, w, w[2].text)
@@ -755,47 +778,22 @@ func (p *parser) global(w []word) {
 // environment takes the keywords that change it for the lines that follow.
 func (p *parser) environment(w []word) {
 	args := w[1:]
-	if p.state() == undecided {
-		for _, name := range args {
-			delete(p.env.vars, name.text)
-			delete(p.env.unset, name.text)
-		}
-		p.env.complete = false
-		return
-	}
 	switch w[0].text {
 	case "setenv", "presetenv":
 		if len(args) < 2 {
-			p.fail(w[0].column+len(w[0].text), "%s needs a name and a value", w[0].text)
+			p.fail(w[0].end, "%s needs a name and a value", w[0].text)
 			return
-		}
-		_, isSet, known := p.env.lookup(args[0].text)
-		switch {
-		case w[0].text == "presetenv" && isSet:
-		case w[0].text == "presetenv" && !known, args[1].open:
-			delete(p.env.vars, args[0].text)
-			delete(p.env.unset, args[0].text)
-			p.env.complete = false
-		default:
-			p.env.vars[args[0].text] = args[1].text
 		}
 	case "unsetenv":
 		if len(args) == 0 {
-			p.fail(w[0].column+len(w[0].text), "unsetenv needs a name")
+			p.fail(w[0].end, "unsetenv needs a name")
 		}
-		for _, name := range args {
-			delete(p.env.vars, name.text)
-			p.env.unset[name.text] = true
-		}
-	case "resetenv":
-		kept := map[string]string{}
-		for _, name := range args {
-			if value, isSet := p.env.vars[name.text]; isSet {
-				kept[name.text] = value
-			}
-		}
-		if p.env.vars = kept; len(args) == 0 {
-			p.env.complete = true
+	}
+	for e := &p.env; e != nil; e = e.other {
+		if p.state() == undecided {
+			e.doubt(args)
+		} else {
+			e.change(w[0].text, args)
 		}
 	}
 }
@@ -813,7 +811,7 @@ func (p *parser) proxy(w []word, negated, reset bool) {
 	front, back := px.Kind != Backend, px.Kind != Frontend
 	value := func() (word, bool) {
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "%s needs a value", w[0].text)
+			p.fail(w[0].end, "%s needs a value", w[0].text)
 			return word{}, false
 		}
 		return w[1], p.atMost(w, 2)
@@ -849,7 +847,7 @@ func (p *parser) proxy(w []word, negated, reset bool) {
 			return
 		}
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "use_backend needs the name of a backend")
+			p.fail(w[0].end, "use_backend needs the name of a backend")
 			return
 		}
 		px.UseBackends = append(px.UseBackends, set(p, w, w[1].text))
@@ -864,7 +862,7 @@ func (p *parser) mode(w []word) {
 	if !p.atMost(w, 2) {
 		return
 	}
-	name, column := "", w[0].column+len(w[0].text)
+	name, column := "", w[0].end
 	if len(w) > 1 {
 		name, column = w[1].text, w[1].column
 	}
@@ -885,8 +883,12 @@ func (p *parser) mode(w []word) {
 }
 
 func (p *parser) timeout(w []word) {
+	if len(w) > 1 && w[1].open {
+		p.note(w[1].column, "which timeout it is depends on a variable that is not known here")
+		return
+	}
 	if len(w) < 2 || !frontTimeouts[w[1].text] && !backTimeouts[w[1].text] {
-		at, got := w[0].column+len(w[0].text), ""
+		at, got := w[0].end, ""
 		if len(w) > 1 {
 			at, got = w[1].column, w[1].text
 		}
@@ -897,7 +899,7 @@ func (p *parser) timeout(w []word) {
 	}
 	name := w[1].text
 	if len(w) < 3 {
-		p.fail(w[1].column+len(name), "timeout %s needs a time such as 60s", name)
+		p.fail(w[1].end, "timeout %s needs a time such as 60s", name)
 		return
 	}
 	d, ok := p.duration(w[2])
@@ -932,7 +934,7 @@ var flagOptions = words("abortonclose allbackups checkcache clitcpka contstats d
 
 func (p *parser) option(w []word, negated, reset bool) {
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "option needs a name")
+		p.fail(w[0].end, "option needs a name")
 		return
 	}
 	name := w[1].text
