@@ -515,7 +515,7 @@ func (d *diagnoser) pileVerdict() []string {
 		for _, o := range others {
 			more += len(o.past)
 		}
-		lines = append(lines, fmt.Sprintf("%s more held at %s.", plural(uint64(more), "connection is", "connections are"),
+		lines = append(lines, fmt.Sprintf("%s held at %s.", plural(uint64(more), "more connection is", "more connections are"),
 			plural(uint64(len(others)), "other place", "other places")))
 	}
 	return lines

@@ -8,6 +8,7 @@ import (
 
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/haproxy"
+	"github.com/fintrace/fintrace/internal/track"
 )
 
 // growing is about places where more come than go, all the time.
@@ -55,15 +56,16 @@ func (d *diagnoser) levelsOff(s *spot) bool {
 	return true
 }
 
-// timer is something that ends connections after a time.
-type timer struct {
+// expiry is something that ends connections after a time.
+type expiry struct {
 	length time.Duration
+	late   time.Duration // that it may be
 	name   string
 	where  Location
 }
 
 // timersOf are those that may end what is held at a spot.
-func (d *diagnoser) timersOf(s *spot) (timers []timer) {
+func (d *diagnoser) timersOf(s *spot) (timers []expiry) {
 	if s.place == nil {
 		return nil
 	}
@@ -85,8 +87,8 @@ func (d *diagnoser) timersOf(s *spot) (timers []timer) {
 	return timers
 }
 
-func setTimer(t haproxy.Setting[time.Duration]) timer {
-	return timer{t.Value, t.Text, Location{Pos: t.Pos, Text: t.Section + ": " + t.Text}}
+func setTimer(t haproxy.Setting[time.Duration]) expiry {
+	return expiry{t.Value, track.Grace, t.Text, Location{Pos: t.Pos, Text: t.Section + ": " + t.Text}}
 }
 
 // cliffs is about ages at which connections leave together.
@@ -107,23 +109,29 @@ func (d *diagnoser) cliffs() {
 	d.closedCliffs()
 }
 
-func (d *diagnoser) cliff(what string, c Cliff, timers []timer, unknown, known string) {
+func (d *diagnoser) cliff(what string, c Cliff, timers []expiry, unknown, known string) {
 	f := Finding{ID: "age-cliff", Why: unknown}
 	f.Title = fmt.Sprintf("%d of %d %s left at an age of %s", c.Left, c.Of, what, cliffAge(c))
 	if c.Left == 0 {
 		f.Title = fmt.Sprintf("the %s go no further than an age of %s", what, cliffAge(c))
 	}
 	for _, t := range timers {
-		if c.EndedBy(t.length) {
+		if c.EndedBy(t.length, t.late) {
 			f.Title += ": " + t.name
 			f.Where = append(f.Where, t.where)
 			f.Why = known
 			break
 		}
 	}
+	if f.Why == unknown && c.Confidence < sureCliff {
+		return
+	}
 	f.Where = append(f.Where, Location{Text: fmt.Sprintf("confidence %.0f%%; %d are older", c.Confidence*100, c.Older)})
 	d.add(f)
 }
+
+// sureCliff is how sure a cliff has to be that no timer explains.
+const sureCliff = 0.99
 
 func cliffAge(c Cliff) string {
 	if c.Spread < time.Second {
@@ -140,7 +148,7 @@ func (d *diagnoser) closedCliffs() {
 	}
 	lives := map[uint32][]Lifetime{}
 	var order []uint32
-	timers := map[uint32][]timer{}
+	timers := map[uint32][]expiry{}
 	add := func(netns uint32, l Lifetime) {
 		if lives[netns] == nil {
 			order = append(order, netns)
@@ -152,7 +160,7 @@ func (d *diagnoser) closedCliffs() {
 			add(c.Netns, Lifetime{Entered: c.Since.Add(c.Held), Lasted: c.Orphaned + c.Minisock, AtLeast: !c.SinceExact && c.Held == 0})
 		}
 		if known := timers[c.Netns]; len(known) == 0 {
-			timers[c.Netns] = []timer{{c.Limit.Duration, c.Limit.Source(), Location{Text: c.Limit.String()}}}
+			timers[c.Netns] = []expiry{{c.Limit.Duration, c.Limit.Slack, c.Limit.Source(), Location{Text: c.Limit.String()}}}
 		}
 	}
 	for i := range d.e.Departures {
