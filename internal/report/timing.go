@@ -18,6 +18,7 @@ type Lifetime struct {
 	Lasted  time.Duration // until it left, or until the end of the watch
 	Left    bool          // during the watch
 	// AtLeast: it entered at Entered or earlier, and so lasted for Lasted or longer.
+	// The bound is the peer's last packet: of a peer that is silent, the entry itself.
 	AtLeast bool
 }
 
@@ -33,6 +34,9 @@ type Cliff struct {
 	Left   int // left there during the watch; 0 where only the ages of those still there tell
 	Of     int // came to the end of the cliff during the watch, those who left included
 	Older  int // are there now and are older
+	// AtLeast: most ages here are bounds. Where peers are not silent, the cliff
+	// is then so long after their last packet.
+	AtLeast bool
 	// Confidence is 1 less the chance of seeing as much without a timer. It is
 	// 0.5 where the ages of those still there could as well tell when they began
 	// to come: worth no more than a known timer of that length makes it.
@@ -79,8 +83,8 @@ var cliffWidths = [...]float64{1. / 500, 1. / 100, 1. / 30, 1. / 8}
 func Cliffs(lives []Lifetime, began, ended events.Time) []Cliff {
 	left := make([]departure, 0, len(lives))
 	for i := range lives {
-		if l := &lives[i]; l.Left && !l.AtLeast && l.Lasted >= youngest {
-			left = append(left, departure{l.Lasted, l.Entered})
+		if l := &lives[i]; l.Left && l.Lasted >= youngest/2 { // the flank of the youngest
+			left = append(left, departure{l.Lasted, l.Entered, l.AtLeast})
 		}
 	}
 	slices.SortFunc(left, func(a, b departure) int { return cmp.Compare(a.age, b.age) })
@@ -90,9 +94,14 @@ func Cliffs(lives []Lifetime, began, ended events.Time) []Cliff {
 		c := Cliff{Left: w.to - w.from, Confidence: 1 - math.Exp(w.logDoubt)}
 		at := left[w.from:w.to]
 		ages, entries := make([]int64, len(at)), make([]int64, len(at))
+		bounds := 0
 		for i := range at {
 			ages[i], entries[i] = int64(at[i].age), int64(at[i].entered)
+			if at[i].atLeast {
+				bounds++
+			}
 		}
+		c.AtLeast = 2*bounds > len(at)
 		slices.Sort(entries)
 		const apart = 3
 		if spread(entries, 0.25) < apart*spread(ages, 0.25) {
@@ -107,7 +116,7 @@ func Cliffs(lives []Lifetime, began, ended events.Time) []Cliff {
 			if l.Lasted <= past {
 				continue
 			}
-			if !l.AtLeast && l.Entered.Add(past) >= began {
+			if l.Entered.Add(past) >= began {
 				c.Of++
 			}
 			if !l.Left {
@@ -125,10 +134,11 @@ func Cliffs(lives []Lifetime, began, ended events.Time) []Cliff {
 	return cliffs
 }
 
-// departure is one that left, at an age that is known.
+// departure is one that left.
 type departure struct {
 	age     time.Duration
 	entered events.Time
+	atLeast bool
 }
 
 // window is left[from:to], where ages are concentrated.
@@ -147,6 +157,9 @@ func windows(left []departure) []window {
 		var to, low, high int
 		for from := range left {
 			age := left[from].age
+			if age < youngest {
+				continue
+			}
 			width := max(time.Duration(part*float64(age)), 10*time.Millisecond)
 			low = advance(left, low, age-flanks*width-1)
 			to = advance(left, to, age+width)
@@ -188,51 +201,56 @@ func advance(left []departure, i int, age time.Duration) int {
 
 // edge finds a cliff that too few reached for the departures alone to tell: those
 // still there are as many at each age up to a certain one, and none is older. If
-// the rare departures are at that age too, a timer ends them. If there was none,
+// the few departures are at that age too, a timer ends them. If there was none,
 // and none was to be expected, it may as well be that they began to come then.
 func edge(lives []Lifetime, left []departure, began, ended events.Time) (Cliff, bool) {
-	const enough = 200
+	const (
+		enough = 200
+		near   = 0.05 // the part of the ages that is near the edge
+	)
 	var ages []int64
-	var oldest time.Duration
+	bounds := 0
 	for i := range lives {
 		if l := &lives[i]; !l.Left {
-			if l.AtLeast {
-				return Cliff{}, false
-			}
 			ages = append(ages, int64(l.Lasted))
-			oldest = max(oldest, l.Lasted)
+			if l.AtLeast {
+				bounds++
+			}
 		}
 	}
-	if len(ages) < enough || oldest < max(youngest, ended.Sub(began)) {
+	if len(ages) < enough {
 		return Cliff{}, false
 	}
 	slices.Sort(ages)
+	oldest := time.Duration(ages[len(ages)-1])
+	if oldest < max(youngest, ended.Sub(began)) {
+		return Cliff{}, false
+	}
 	n := float64(len(ages))
-	// Kolmogorov-Smirnov's distance from a uniform distribution. With 200 it is
-	// above 0.1 by chance once in thirty times, and at 0.25 where as many leave
-	// at each age (uniform lifetimes).
+	// Kolmogorov-Smirnov's distance from a uniform distribution: with 200, above
+	// 0.1 once in thirty times; it is 0.25 where lifetimes are uniform.
 	for i, age := range ages {
 		if math.Abs(float64(age)/float64(oldest)-(float64(i)+0.5)/n) > 0.1 {
 			return Cliff{}, false
 		}
 	}
-	c := Cliff{Age: oldest, Spread: time.Duration(3 * float64(oldest) / n), Confidence: 0.5}
-	const near = 0.05 // the part of the ages that is near the edge
 	for i := range left {
 		if left[i].age < oldest-time.Duration(near*float64(oldest)) {
 			return Cliff{}, false
 		}
-		c.Left++
 	}
-	c.Of = c.Left
+	c := Cliff{
+		Age: oldest, Spread: time.Duration(3 * float64(oldest) / n),
+		Left: len(left), Of: len(left), AtLeast: 2*bounds > len(ages),
+	}
+	// As many reach the edge as are as young as the watch is long. Peers that send
+	// something now and then have no ages above that interval, and do not leave.
 	expected := n * float64(ended.Sub(began)) / float64(oldest)
-	switch {
-	case c.Left > 0:
-		// Each of them would be near the edge by chance once in 1/near times.
-		c.Confidence = max(c.Confidence, 1-math.Pow(near, float64(c.Left)))
-	case expected > 3: // and none came: fewer than 5 in 100 times
+	if logPoisson(c.Left, expected) < math.Log(0.05) || c.Left == 0 && bounds > 0 {
 		return Cliff{}, false
 	}
+	// Each of them would be near the edge by chance once in 1/near times.
+	c.Confidence = max(0.5, 1-math.Pow(near, float64(c.Left)))
 	return c, true
 }
 
@@ -244,6 +262,9 @@ type Period struct {
 	Missed int           // that should have been between those seen
 	Share  float64       // of the entries since the first burst that came in bursts
 	Last   events.Time   // the last burst
+	// AtLeast: it takes entries to see it of which only bounds are known. Where
+	// peers are not silent, it is then the interval of their last packets.
+	AtLeast bool
 	// Confidence is 1 less the chance of bursts as regular if they came at random.
 	Confidence float64
 }
@@ -268,18 +289,30 @@ const (
 // have to be more even than those of random times would be, see evenness. The
 // entries themselves are tried as well, for one at a time at an interval.
 // A periodogram would be misled here: a few bursts at random times have peaks too.
-func Bursts(lives []Lifetime, began, ended events.Time) (Period, bool) {
-	entries := make([]int64, 0, len(lives))
+func Bursts(lives []Lifetime, _, ended events.Time) (Period, bool) {
+	exact, all := make([]int64, 0, len(lives)), make([]int64, 0, len(lives))
 	for i := range lives {
-		if !lives[i].AtLeast {
-			entries = append(entries, int64(lives[i].Entered))
+		if l := &lives[i]; l.Entered <= ended {
+			all = append(all, int64(l.Entered))
+			if !l.AtLeast {
+				exact = append(exact, int64(l.Entered))
+			}
 		}
 	}
+	if p, ok := period(exact); ok || len(exact) == len(all) {
+		return p, ok
+	}
+	p, ok := period(all)
+	p.AtLeast = ok
+	return p, ok
+}
+
+// period is that of entries.
+func period(entries []int64) (Period, bool) {
 	if len(entries) < fewestBursts {
 		return Period{}, false
 	}
 	slices.Sort(entries)
-
 	best, bestDoubt := Period{}, math.Log(periodDoubt)
 	try := func(bursts []burst, bin time.Duration) {
 		if p, doubt := regular(bursts, bin); doubt < bestDoubt {
@@ -511,7 +544,7 @@ func GrowthOf(lives []Lifetime, began, ended events.Time) Growth {
 	entered, left := 0, 0
 	for i := range lives {
 		l := &lives[i]
-		if l.Entered > began && l.Entered <= ended && !l.AtLeast {
+		if l.Entered > began && l.Entered <= ended {
 			entered++
 			net[slot(l.Entered)]++
 		}
@@ -587,11 +620,19 @@ func logTail(n, k int, p float64) float64 {
 	return -float64(n) * entropy
 }
 
-// logPoissonTail bounds the logarithm of the chance of k or more where mean are
-// usual (Chernoff).
+// logPoissonTail bounds the logarithm of the chance of k or more where mean are usual.
 func logPoissonTail(k int, mean float64) float64 {
 	if float64(k) <= mean {
 		return 0
+	}
+	return logPoisson(k, mean)
+}
+
+// logPoisson bounds the logarithm of the chance of k or what is farther from the mean
+// on that side (Chernoff).
+func logPoisson(k int, mean float64) float64 {
+	if k == 0 {
+		return -mean
 	}
 	return float64(k) - mean - float64(k)*math.Log(float64(k)/mean)
 }
