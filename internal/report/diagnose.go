@@ -67,6 +67,7 @@ type spot struct {
 	held  []*track.Conn
 	past  []*track.Conn // those past their limit, oldest first
 	lives []Lifetime    // of the time held
+	peers []countOf     // of past; see byPeer
 
 	growth  Growth
 	isPile  bool
@@ -115,7 +116,10 @@ func Diagnose(e Evidence) Diagnosis {
 	d.findMirrors()
 
 	d.timeouts() // first, as others refer to what it finds
+	causes := d.findings
+	d.findings = nil
 	d.pileUps()
+	d.findings = append(d.findings, causes...)
 	d.localPeers()
 	d.oldWorkers()
 	d.maxconn()
@@ -345,6 +349,14 @@ func tallied(all []countOf, most int) string {
 	return some(words, most)
 }
 
+// byPeer counts the peers of what is past its limit.
+func (s *spot) byPeer() []countOf {
+	if s.peers == nil {
+		s.peers = byPeer(s.past)
+	}
+	return s.peers
+}
+
 func byPeer(conns []*track.Conn) []countOf {
 	return countBy(conns, func(c *track.Conn) [16]byte { return c.Flow.Remote.Addr },
 		func(a [16]byte) string { return events.Endpoint{Addr: a}.IP().String() })
@@ -375,7 +387,7 @@ func upTo(oldest *track.Conn) string {
 
 // from is who the peers are: " all from 10.0.0.22", " most (38) from 10.0.0.22", " from 17 addresses".
 func (s *spot) from() string {
-	peers := byPeer(s.past)
+	peers := s.byPeer()
 	preposition := "from"
 	if s.side == events.Outbound {
 		preposition = "at"
@@ -419,14 +431,12 @@ func (d *diagnoser) calm() string {
 		return "Nothing is stuck: no connection is in FIN_WAIT2."
 	}
 	oldest := slices.MinFunc(d.e.Conns, func(a, b track.Conn) int { return oldestFirst(&a, &b) })
-	text := fmt.Sprintf("Nothing is stuck: %s in FIN_WAIT2, for %s", plural(uint64(n), "connection", "connections"), upTo(&oldest))
+	limits := "none past its limit"
 	switch {
 	case len(d.closed) == n:
-		text += ", closed already: they take no slot, and the kernel's timers end them."
-	case d.stuck == 0:
-		text += ", none past its limit."
-	default:
-		text += fmt.Sprintf(", and no more than %d held past their limit: too few for a pile-up.", d.stuck)
+		limits = "all closed already"
+	case d.stuck > 0:
+		limits = fmt.Sprintf("no more than %d past their limit", d.stuck)
 	}
-	return text
+	return fmt.Sprintf("Nothing is stuck: %d in FIN_WAIT2, %s, the oldest for %s.", n, limits, age(&oldest))
 }

@@ -20,7 +20,7 @@ func (d *diagnoser) timeouts() {
 	sides := map[events.Side]haproxy.Side{events.Inbound: haproxy.ClientSide, events.Outbound: haproxy.ServerSide}
 	involved := map[*haproxy.Process]map[haproxy.Side]map[string]*spot{}
 	for _, s := range d.piles {
-		if s.place == nil || s.culprit != "" {
+		if s.place == nil {
 			continue
 		}
 		for _, p := range d.workers(s) {
@@ -56,7 +56,7 @@ func (d *diagnoser) timeouts() {
 				// It is as bad as what it has led to.
 				f.Severity = max(f.Severity, s.severity())
 			}
-			f.Why += fmt.Sprintf(" %s now.", plural(uint64(n), "does", "do"))
+			f.Why += fmt.Sprintf(" %s silent now.", plural(uint64(n), "is", "are"))
 			for i := range group {
 				s := of(&group[i])
 				s.causes = append(s.causes, f)

@@ -89,7 +89,7 @@ func (d *diagnoser) pileUp(s *spot) {
 	if s.side == events.Outbound {
 		f.Where = append(f.Where, Location{Text: "to " + tallied(byServer(s.past), namesOfAll)})
 	} else {
-		f.Where = append(f.Where, Location{Text: "from " + tallied(byPeer(s.past), namesOfAll)})
+		f.Where = append(f.Where, Location{Text: "from " + tallied(s.byPeer(), namesOfAll)})
 	}
 	f.Where = append(f.Where, Location{Text: fmt.Sprintf("in FIN_WAIT2 for %s, half of them for %s, the youngest for %s",
 		age(oldest), age(s.past[n/2]), age(s.past[n-1]))},
@@ -177,7 +177,7 @@ func (d *diagnoser) kill(s *spot) (string, bool) {
 	if s.side == events.Outbound {
 		expression = fmt.Sprintf("dport = :%d", port)
 	}
-	if peers := byPeer(s.past); len(peers) == 1 {
+	if peers := s.byPeer(); len(peers) == 1 {
 		ip := s.past[0].Flow.Remote.IP()
 		if ip.Is6() {
 			expression += fmt.Sprintf(" and dst [%s]", ip)
@@ -327,12 +327,12 @@ func (d *diagnoser) peers() {
 	if more := len(where) - namesOfAll; more > 0 {
 		where = append(where[:namesOfAll], Location{Text: fmt.Sprintf("and at %d more places", more)})
 	}
-	who := "the peers are clients"
+	who := "the peers are clients here, whatever their names say: they connect"
 	if peers := byPeer(remote); len(peers) == 1 {
-		who = peers[0].name + " is a client"
+		who = peers[0].name + " is a client here, whatever its name says: it connects"
 	}
 	d.add(Finding{ID: "peer-is-client", Where: where,
-		Title: who + " here, whatever the name says: they connect from high ports to the port that is listened on",
+		Title: who + " from high ports to the port that is listened on",
 		Why:   "It is the client's side that does not close, so timeouts for servers (timeout server, server-fin) and the servers' own settings do nothing about it: the client's do (client-fin, timeout client)."})
 }
 
@@ -352,7 +352,7 @@ func examples(conns []*track.Conn) string {
 }
 
 func (d *diagnoser) peerIsOne(s *spot) {
-	peers := byPeer(s.past)
+	peers := s.byPeer()
 	n, all := peers[0].n, len(s.past)
 	if all < pileMany || n*peerMost < all*(peerMost-1) {
 		return
@@ -576,7 +576,11 @@ func (d *diagnoser) advice(s *spot) string {
 		}
 		return text + "."
 	case s.allOld():
-		return fmt.Sprintf("`%s` ends it; `hard-stop-after` in global does after every reload.", lastLine(finding("old-workers")))
+		text := fmt.Sprintf("`%s` ends them", lastLine(finding("old-workers")))
+		if len(finding("old-workers").Fix) > 1 {
+			text += "; `hard-stop-after` in global does so after every reload"
+		}
+		return text + "."
 	case finding("running-configuration-differs") != nil:
 		return "Reload HAProxy: its files have changed since it was started" + now
 	case s.place == nil:

@@ -99,10 +99,10 @@ func newFigures(e *Evidence, past int) Figures {
 		groupConns("peer", all, func(c *track.Conn) [16]byte { return c.Flow.Remote.Addr },
 			func(c *track.Conn) string { return c.Flow.Remote.IP().String() }),
 		groupConns("listener", side(events.Inbound), func(c *track.Conn) events.Endpoint { return c.Flow.Local }, func(c *track.Conn) string {
-			return join(" ", c.Flow.Local.String(), inBrackets(c))
+			return join(" ", c.Flow.Local.String(), belongs(c))
 		}),
 		groupConns("server", side(events.Outbound), func(c *track.Conn) events.Endpoint { return c.Flow.Remote }, func(c *track.Conn) string {
-			return join(" ", c.Flow.Remote.String(), inBrackets(c))
+			return join(" ", c.Flow.Remote.String(), belongs(c))
 		}),
 		groupConns("process", all, func(c *track.Conn) process { return process{c.Process.PID, c.Process.Comm} }, func(c *track.Conn) string {
 			return processName(c.Process)
@@ -111,11 +111,15 @@ func newFigures(e *Evidence, past int) Figures {
 	return f
 }
 
-func inBrackets(c *track.Conn) string {
+// belongs is where in HAProxy a connection does: "www", "app/web1".
+func belongs(c *track.Conn) string {
 	if c.Place == nil {
 		return ""
 	}
-	return "(" + proxyName(c) + ")"
+	if c.Place.Server == "" {
+		return Clean(c.Place.Name())
+	}
+	return Clean(c.Place.Name() + "/" + c.Place.Server)
 }
 
 func ageBucket(d time.Duration) int {
@@ -214,10 +218,13 @@ func (f *Figures) print(b *strings.Builder, style Style) {
 		}
 	}
 	inner := Style{Width: style.Width - 2, Color: style.Color}
-	var list strings.Builder
-	if err := List(&list, f.oldest, inner); err == nil { // a Builder takes all
-		block(list.String())
+	rows := make([][]string, len(f.oldest))
+	for i := range f.oldest {
+		c := &f.oldest[i]
+		rows[i] = []string{age(c), c.Stage.String(), c.Flow.Local.String(), c.Flow.Remote.String(), processName(c.Process)}
 	}
+	block(strings.Join(table([]column{{title: "OLDEST", right: true}, {title: "STAGE", drop: 1}, {title: "LOCAL"}, {title: "PEER"},
+		{title: "PROCESS", drop: 2}}, rows, inner.Width), "\n") + "\n")
 	for _, g := range f.groups {
 		if len(g.groups) > 0 {
 			block(strings.Join(g.lines(inner.Width), "\n") + "\n")

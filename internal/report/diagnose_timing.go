@@ -180,7 +180,9 @@ func (d *diagnoser) closedCliffs() {
 func (d *diagnoser) bursts() {
 	for _, s := range d.spots {
 		p, ok := Bursts(s.lives, d.e.Began, d.e.Ended)
-		if !ok {
+		// Anything regular comes in bursts of one. That is worth a word where it
+		// has led to a pile, or to a new pile each time.
+		if !ok || !s.isPile && p.Share*float64(len(s.lives)) < float64(pileMany*p.Bursts) {
 			continue
 		}
 		f := Finding{ID: "bursts",
@@ -189,7 +191,7 @@ func (d *diagnoser) bursts() {
 				p.Bursts, Duration(p.Jitter), p.Share*100, p.Confidence*100)}},
 			Why: "Something with a clock does this: a job, a health check, a pool that is renewed, or a timer of HAProxy's that closes what came together. What runs at that interval, on the peers or here, is where to look."}
 		if peers := byPeer(s.held); len(peers) > 0 {
-			f.Where = append(f.Where, Location{Text: "from " + tallied(peers, namesOfAll)})
+			f.Where = append(f.Where, Location{Text: "peers: " + tallied(peers, namesOfAll)})
 		}
 		if p.Missed > 0 {
 			f.Where = append(f.Where, Location{Text: fmt.Sprintf("%d that should have been between them were not there", p.Missed)})
