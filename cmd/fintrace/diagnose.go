@@ -126,7 +126,7 @@ func (d *diagnosing) print(diagnosis report.Diagnosis) error {
 	case "json":
 		return json.NewEncoder(d.env.stdout).Encode(diagnosis)
 	case "nagios":
-		_, err := fmt.Fprintln(d.env.stdout, diagnosis.Nagios())
+		_, err := fmt.Fprintln(d.env.stdout, report.Nagios(diagnosis))
 		return err
 	}
 	return report.PrintDiagnosis(d.env.stdout, diagnosis, d.env.style())
