@@ -22,7 +22,7 @@ import (
 )
 
 func diagnoseCommand(e env) *cobra.Command {
-	d := &diagnosing{env: e, netns: map[uint32]bool{}}
+	d := &diagnosing{env: e}
 	cmd := &cobra.Command{
 		Use:   "diagnose",
 		Short: "Look and watch for some seconds, and say what is wrong and what to do",
@@ -39,7 +39,7 @@ Exit codes are those of a monitoring plugin: 0 fine, 1 warning, 2 critical,
 	d.haproxies = haproxyFlags(cmd)
 	cmd.Flags().Var(&parsed{kind: "name|inode|path", parse: func(s string) error {
 		inode, err := parseNetns(s)
-		d.netns[inode] = true
+		d.haproxies.netns = append(d.haproxies.netns, inode)
 		return err
 	}}, "netns", "only this network namespace (repeatable)")
 	cmd.Flags().BoolVar(&d.anonymize, "anonymize", false, "replace addresses, each always by the same, to show the report to others")
@@ -72,7 +72,6 @@ type diagnosing struct {
 	env       env
 	duration  time.Duration
 	haproxies *haproxies
-	netns     map[uint32]bool // empty: all
 	anonymize bool
 	output    string
 
@@ -139,7 +138,9 @@ func (d *diagnosing) unlooked(err error) {
 	}
 }
 
-func (d *diagnosing) selected(netns uint32) bool { return len(d.netns) == 0 || d.netns[netns] }
+func (d *diagnosing) selected(netns uint32) bool {
+	return len(d.haproxies.netns) == 0 || slices.Contains(d.haproxies.netns, netns)
+}
 
 func (d *diagnosing) notice(n *track.Notice) {
 	e := &d.evidence
@@ -173,9 +174,6 @@ func (d *diagnosing) collect(before map[uint32]map[string]int64) {
 	for _, p := range d.haproxies.found.Processes {
 		if d.selected(p.Netns) {
 			e.HAProxy = append(e.HAProxy, p)
-			for _, problem := range p.Problems {
-				d.unlooked(errors.New(problem))
-			}
 		}
 	}
 	var err error

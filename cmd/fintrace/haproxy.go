@@ -29,6 +29,7 @@ func haproxyFlags(cmd *cobra.Command) *haproxies {
 // the loop, and the loop takes what has been found.
 type haproxies struct {
 	options haproxy.DiscoverOptions
+	netns   []uint32 // that are of interest; empty: all
 	found   haproxy.Found
 	view    *haproxy.View
 	missing bool               // a process of HAProxy has been seen that is not in the view
@@ -111,12 +112,16 @@ func (h *haproxies) seen(pid int) {
 // othersKept bounds the processes that are remembered for not being in the view.
 const othersKept = 1000
 
-// warnings are what could not be looked at.
+// warnings are what could not be looked at, of the processes in namespaces that
+// are selected.
 func (h *haproxies) warnings() (warnings []error) {
 	for _, problem := range h.found.Problems {
 		warnings = append(warnings, errors.New(problem))
 	}
 	for i := range h.found.Processes {
+		if netns := h.found.Processes[i].Netns; len(h.netns) > 0 && !slices.Contains(h.netns, netns) {
+			continue
+		}
 		for _, problem := range h.found.Processes[i].Problems {
 			if w := errors.New(problem); !slices.ContainsFunc(warnings, func(before error) bool { return before.Error() == problem }) {
 				warnings = append(warnings, w)

@@ -51,6 +51,7 @@ but not printed; with --min-duration 0 each is printed from its entry on.`,
 			defer cancel()
 		}
 		t.env, t.asJSON = e, *asJSON
+		t.haproxies.netns = t.filter.Netns
 		return t.run(ctx)
 	}
 	return cmd
