@@ -100,7 +100,8 @@ func (s *scene) conns(c a) (all []track.Conn) {
 		s.cookie++
 		conn := track.Conn{Cookie: s.cookie, Netns: c.netns, Side: c.side, Stage: c.stage, Process: c.process,
 			Flow:     events.Flow{Local: s.at(c.local, int(s.cookie)), Remote: s.at(c.remote, int(s.cookie))},
-			Duration: c.age + time.Duration(i)*c.step, SinceExact: !c.bound, StagesKnown: true, ClosedBy: events.ByShutdown}
+			// Nothing comes as regular as that.
+			Duration: c.age + time.Duration(i)*c.step + c.step*time.Duration(i*i*7919%800)/1000, SinceExact: !c.bound, StagesKnown: true, ClosedBy: events.ByShutdown}
 		conn.Since = s.e.Ended.Add(-conn.Duration)
 		switch c.stage {
 		case events.Held:
