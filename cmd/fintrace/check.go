@@ -39,16 +39,7 @@ Without -f it looks at the HAProxy that is running, else at
 Exit codes are those of a monitoring plugin: 0 fine, 1 warning, 2 critical,
 3 could not look.`,
 	}
-	// What is wrong with the command line is no warning about HAProxy.
-	cmd.Args = func(cmd *cobra.Command, args []string) error {
-		if err := noArguments(cmd, args); err != nil {
-			return &exitError{report.ExitUnknown, err}
-		}
-		return nil
-	}
-	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return &exitError{report.ExitUnknown, flagError(cmd, err)}
-	})
+	pluginExits(cmd)
 	cmd.Flags().VarP(&parsed{kind: "file|directory", parse: func(s string) error {
 		c.paths = append(c.paths, s)
 		return nil
@@ -67,6 +58,20 @@ Exit codes are those of a monitoring plugin: 0 fine, 1 warning, 2 critical,
 	}}, "output", "o", "print text, or one JSON object a line")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return c.run(cmd.Context()) }
 	return cmd
+}
+
+// pluginExits makes a command that takes no arguments end like a monitoring
+// plugin: what is wrong with its command line is no warning about HAProxy.
+func pluginExits(cmd *cobra.Command) {
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if err := noArguments(cmd, args); err != nil {
+			return &exitError{report.ExitUnknown, err}
+		}
+		return nil
+	}
+	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return &exitError{report.ExitUnknown, flagError(cmd, err)}
+	})
 }
 
 // checking is one run of check.

@@ -29,9 +29,11 @@ func haproxyFlags(cmd *cobra.Command) *haproxies {
 // the loop, and the loop takes what has been found.
 type haproxies struct {
 	options haproxy.DiscoverOptions
+	netns   []uint32 // that are of interest; empty: all
 	found   haproxy.Found
 	view    *haproxy.View
 	missing bool               // a process of HAProxy has been seen that is not in the view
+	changed bool               // by the last look
 	others  map[int]bool       // that were looked up already
 	running chan haproxy.Found // of a look that goes on; nil if none does
 	began   events.Time        // the last look
@@ -44,21 +46,25 @@ func (h *haproxies) look(ctx context.Context) {
 }
 
 // take takes what a look has found, and says whether it changes anything.
-func (h *haproxies) take(found haproxy.Found) (changed bool) {
+func (h *haproxies) take(found haproxy.Found) bool {
 	h.running = nil
-	changed = !slices.EqualFunc(h.found.Processes, found.Processes, haproxy.SamePlaces)
+	h.changed = !slices.EqualFunc(h.found.Processes, found.Processes, haproxy.SamePlaces)
 	h.found, h.options.Previous = found, found.Processes
-	if changed {
+	if h.changed {
 		h.view = haproxy.NewView(found.Processes)
 	}
-	return changed
+	return h.changed
 }
 
 // refresh begins a look if one is due.
 func (h *haproxies) refresh(ctx context.Context, now events.Time) {
 	wait := reconcileEvery
-	if h.missing {
+	switch {
+	case h.missing:
 		wait = hurry
+	case h.changed:
+		// It may have been in the middle of a reload.
+		wait = checkEvery
 	}
 	if h.running != nil || now < h.began.Add(wait) {
 		return
@@ -106,12 +112,16 @@ func (h *haproxies) seen(pid int) {
 // othersKept bounds the processes that are remembered for not being in the view.
 const othersKept = 1000
 
-// warnings are what could not be looked at.
+// warnings are what could not be looked at, of the processes in namespaces that
+// are selected.
 func (h *haproxies) warnings() (warnings []error) {
 	for _, problem := range h.found.Problems {
 		warnings = append(warnings, errors.New(problem))
 	}
 	for i := range h.found.Processes {
+		if netns := h.found.Processes[i].Netns; len(h.netns) > 0 && !slices.Contains(h.netns, netns) {
+			continue
+		}
 		for _, problem := range h.found.Processes[i].Problems {
 			if w := errors.New(problem); !slices.ContainsFunc(warnings, func(before error) bool { return before.Error() == problem }) {
 				warnings = append(warnings, w)

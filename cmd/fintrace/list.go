@@ -40,6 +40,7 @@ func listCommand(e env) *cobra.Command {
 		return nil
 	})}, "group-by", "count them by one or more of these")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		haproxies.netns = filter.Netns
 		conns, total, err := listConnections(cmd.Context(), e, rules, haproxies, filter)
 		if err != nil {
 			return err

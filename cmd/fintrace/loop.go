@@ -48,7 +48,7 @@ type watch struct {
 	ended    events.Time
 	cost     time.Duration // of the last snapshot, of one processor
 
-	namespaces int // that the last snapshot covered
+	covered map[uint32]events.NetnsCounters // the namespaces of the last snapshot
 }
 
 // start attaches, and fills the table with what is in FIN_WAIT2 already.
@@ -251,7 +251,7 @@ func (w *watch) reconcile(owners map[uint64]events.Process) error {
 		return state != 0 || err != nil
 	}))
 	w.cost = processorTime() - spent
-	w.began, w.ended, w.losses, w.namespaces = began, probe.Now(), losses, len(cov.Netns)
+	w.began, w.ended, w.losses, w.covered = began, probe.Now(), losses, cov.Netns
 	return nil
 }
 

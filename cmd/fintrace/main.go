@@ -70,14 +70,15 @@ func commands(e env) *cobra.Command {
 		Long: `fintrace shows which TCP connections sit in FIN_WAIT2, since when, who holds
 them, and which timer should have ended them.
 
-  fintrace list     what is there now, the oldest first
-  fintrace trace    watch them come, pass their limit, and go
-  fintrace check    what HAProxy's configuration and the sysctls get wrong
-  fintrace demo     a pile-up of its own, to see it all work`,
+  fintrace diagnose  what is wrong, how it knows, and what to type
+  fintrace list      what is there now, the oldest first
+  fintrace trace     watch them come, pass their limit, and go
+  fintrace check     what HAProxy's configuration and the sysctls get wrong
+  fintrace demo      a pile-up of its own, to see it all work`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(traceCommand(e), listCommand(e), checkCommand(e), demoCommand(e), versionCommand(e))
+	root.AddCommand(traceCommand(e), listCommand(e), diagnoseCommand(e), checkCommand(e), demoCommand(e), versionCommand(e))
 	root.InitDefaultCompletionCmd()
 	root.InitDefaultHelpCmd()
 	insist(root)

@@ -51,6 +51,7 @@ but not printed; with --min-duration 0 each is printed from its entry on.`,
 			defer cancel()
 		}
 		t.env, t.asJSON = e, *asJSON
+		t.haproxies.netns = t.filter.Netns
 		return t.run(ctx)
 	}
 	return cmd
@@ -198,7 +199,7 @@ func (t *tracing) greet() {
 	})
 	report.SortOldest(found)
 	report.SortOldest(overdue)
-	fmt.Fprintf(t.env.stderr, "Tracing inet_sock_set_state in %d network namespace(s); Ctrl-C ends with a summary.\n", t.watch.namespaces)
+	fmt.Fprintf(t.env.stderr, "Tracing inet_sock_set_state in %d network namespace(s); Ctrl-C ends with a summary.\n", len(t.watch.covered))
 	fmt.Fprintf(t.env.stderr, "In FIN_WAIT2 already: %d", len(found))
 	if len(found) > 0 {
 		var parts []string

@@ -4,7 +4,6 @@ package haproxy
 
 import (
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 )
@@ -168,10 +167,10 @@ func (p *parser) keywords(w []word, withArgument, required map[string]bool, fn f
 			case i < len(w):
 				argument = w[i]
 			case required[keyword.text]:
-				p.fail(keyword.column+len(keyword.text), "%s needs an argument", keyword.text)
+				p.fail(keyword.end, "%s needs an argument", keyword.text)
 				return false
 			default:
-				argument.column = keyword.column + len(keyword.text)
+				argument.column = keyword.end
 			}
 		}
 		fn(keyword, argument)
@@ -185,7 +184,7 @@ func (p *parser) bind(w []word) {
 		return
 	}
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "bind needs an address and port such as *:443")
+		p.fail(w[0].end, "bind needs an address and port such as *:443")
 		return
 	}
 	if p.ineffective(w, p.current.Accepts(), "frontend") {
@@ -195,11 +194,12 @@ func (p *parser) bind(w []word) {
 	b.Pos.Column = w[0].column
 	offset := 0
 	for text := range strings.SplitSeq(strings.TrimSuffix(w[1].text, ","), ",") {
-		column := w[1].column + offset
+		column := min(w[1].column+offset, w[1].end)
 		offset += len(text) + 1
 		expanded, open := p.env.expand(text)
 		if open = open || w[1].open; open {
 			b.Undecided = true
+			p.note(column, "the address depends on a variable that is not known here")
 		}
 		if expanded == "" && !open {
 			p.fail(column, "the address %q is empty once its variables are replaced", text)
@@ -216,9 +216,13 @@ func (p *parser) bind(w []word) {
 		if !a.tcp {
 			a.first, a.last = 0, 0
 		}
+		if open {
+			a.ip = netip.Addr{}
+		}
 		b.Addrs = append(b.Addrs, BindAddr{Text: expanded, IP: a.ip, First: uint16(a.first), Last: uint16(a.last)})
 	}
 	ok := p.keywords(w[2:], bindArguments, bindRequired, func(keyword, argument word) {
+		b.Undecided = b.Undecided || keyword.open
 		switch keyword.text {
 		case "interface":
 			b.Interface = argument.text
@@ -277,7 +281,7 @@ func (p *parser) serverLine(w []word) {
 	expected := map[string]string{"server": "a name and an address such as web1 192.0.2.1:80",
 		"server-template": "a prefix, a number and an address such as web 1-10 example.com:80"}[keyword]
 	if len(rest) < 2 || keyword == "server-template" && len(rest) < 3 {
-		p.fail(w[len(w)-1].column+len(w[len(w)-1].text), "%s needs %s", keyword, expected)
+		p.fail(w[len(w)-1].end, "%s needs %s", keyword, expected)
 		return
 	}
 	s.Name = rest[0].text
@@ -301,6 +305,7 @@ func (p *parser) serverLine(w []word) {
 	text, open := p.env.expand(rest[1].text)
 	if open = open || rest[1].open; open {
 		s.Undecided = true
+		p.note(rest[1].column, "the address depends on a variable that is not known here")
 	}
 	if text == "" && !open {
 		p.fail(rest[1].column, "the address %q is empty once its variables are replaced", rest[1].text)
@@ -312,7 +317,7 @@ func (p *parser) serverLine(w []word) {
 		return
 	}
 	s.Host = a.host
-	if a.tcp {
+	if a.tcp && !open {
 		s.IP = a.ip
 		if s.AnyDest = a.ip.IsValid() && a.ip.IsUnspecified(); s.AnyDest {
 			s.IP = netip.Addr{}
@@ -321,11 +326,6 @@ func (p *parser) serverLine(w []word) {
 			s.Port = uint16(a.first)
 		}
 	}
-	same := func(other Server) bool { return other.Name == s.Name && !other.Undecided && other.Count == 1 }
-	if i := slices.IndexFunc(p.current.Servers, same); i >= 0 && !s.Undecided && keyword == "server" {
-		p.fail(rest[0].column, "server %s has the name of the one at %s", s.Name, p.current.Servers[i].Pos)
-		return
-	}
 	if p.serverKeywords(rest[2:], &s) {
 		p.current.Servers = append(p.current.Servers, s)
 	}
@@ -333,6 +333,7 @@ func (p *parser) serverLine(w []word) {
 
 func (p *parser) serverKeywords(w []word, s *Server) bool {
 	return p.keywords(w, serverArguments, serverRequired, func(keyword, argument word) {
+		s.Undecided = s.Undecided || keyword.open
 		switch keyword.text {
 		case "disabled", "enabled":
 			s.Disabled = keyword.text == "disabled"

@@ -42,7 +42,7 @@ const maxDepth = 1024
 func (c *condition) evaluate() (truth, error) {
 	c.spaces()
 	if c.at == len(c.text) {
-		return no, nil
+		return min(truthOf(c.open), undecided), nil
 	}
 	value, err := c.or()
 	if err != nil {
@@ -133,6 +133,9 @@ func (c *condition) positive() (truth, error) {
 	args, err := c.arguments()
 	if err != nil {
 		return no, err
+	}
+	if args == nil && want == 1 {
+		return undecided, nil // accepted, and asked of nothing
 	}
 	if len(args) != want {
 		return no, fmt.Errorf("%s takes %d arguments, not %d", name, want, len(args))

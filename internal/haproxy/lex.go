@@ -11,6 +11,7 @@ import (
 type word struct {
 	text   string
 	column int // in bytes from 1
+	end    int // the column behind it
 	// open: it has a variable in it whose value is not known here.
 	open bool
 }
@@ -23,10 +24,21 @@ type environment struct {
 	vars     map[string]string
 	unset    map[string]bool // known not to be set
 	complete bool            // what is not in vars is not set
+	// other is the environment that it may be instead; nil if it cannot.
+	other *environment
 }
 
 // lookup returns a variable's value. known is false where only HAProxy can tell.
 func (e *environment) lookup(name string) (value string, set, known bool) {
+	value, set, known = e.own(name)
+	if known && e.other != nil {
+		otherValue, otherSet, otherKnown := e.other.own(name)
+		known = otherKnown && otherSet == set && otherValue == value
+	}
+	return value, set && known, known
+}
+
+func (e *environment) own(name string) (value string, set, known bool) {
 	if value, set = e.vars[name]; set {
 		return value, true, true
 	}
@@ -35,6 +47,45 @@ func (e *environment) lookup(name string) (value string, set, known bool) {
 		return "", false, true
 	}
 	return "", false, false
+}
+
+// doubt is for what may be changed: nothing is known of it any more.
+func (e *environment) doubt(names []word) {
+	for _, name := range names {
+		delete(e.vars, name.text)
+		delete(e.unset, name.text)
+	}
+	e.complete = false
+}
+
+// change takes setenv and its kind, with as many arguments as they need.
+func (e *environment) change(keyword string, args []word) {
+	switch keyword {
+	case "setenv", "presetenv":
+		_, isSet, known := e.own(args[0].text)
+		switch {
+		case keyword == "presetenv" && isSet:
+		case keyword == "presetenv" && !known, args[1].open:
+			e.doubt(args[:1])
+		default:
+			e.vars[args[0].text] = args[1].text
+		}
+	case "unsetenv":
+		for _, name := range args {
+			delete(e.vars, name.text)
+			e.unset[name.text] = true
+		}
+	case "resetenv":
+		kept := map[string]string{}
+		for _, name := range args {
+			if value, isSet := e.vars[name.text]; isSet {
+				kept[name.text] = value
+			}
+		}
+		if e.vars = kept; len(args) == 0 {
+			e.complete = true
+		}
+	}
 }
 
 func isSpace(c byte) bool { return c == ' ' || '\t' <= c && c <= '\r' }
@@ -95,7 +146,7 @@ func (l *lexer) emit(c byte) { l.text = append(l.text, c) }
 
 func (l *lexer) finish() {
 	if l.start >= 0 {
-		l.words = append(l.words, word{string(l.text), l.start + 1, l.open})
+		l.words = append(l.words, word{string(l.text), l.start + 1, l.at + 1, l.open})
 	}
 	l.text, l.start, l.open = l.text[:0], -1, false
 }

@@ -16,6 +16,32 @@ import (
 // an error, of type Errors, as far as it concerns what is read; words that are
 // not known are passed over.
 func Parse(sources []Source, o Options) (*Config, error) {
+	p := newParser(o)
+	// From 3.1 on a first reading has only an eye for what global says, setenv
+	// and the like included; the second one begins with the environment that the
+	// first one leaves, but in a worker of a master.
+	changesEnv := func(s Source) bool {
+		return bytes.Contains(s.Text, []byte("setenv")) || bytes.Contains(s.Text, []byte("resetenv"))
+	}
+	if (!o.Version.Known() || o.Version.AtLeast(3, 1)) && slices.ContainsFunc(sources, changesEnv) {
+		first := newParser(o)
+		first.files(sources)
+		p.env.other = &first.env
+	}
+	p.files(sources)
+	p.behead()
+	p.open = false
+	if !p.stopped {
+		p.checkReferences()
+		p.checkServers()
+	}
+	if len(p.errors) > 0 {
+		return nil, p.errors
+	}
+	return p.config, nil
+}
+
+func newParser(o Options) *parser {
 	p := &parser{
 		config:   &Config{},
 		version:  o.Version,
@@ -24,6 +50,10 @@ func Parse(sources []Source, o Options) (*Config, error) {
 	}
 	maps.Copy(p.env.vars, o.Env)
 	p.last = newDefaults()
+	return p
+}
+
+func (p *parser) files(sources []Source) {
 	for _, source := range sources {
 		p.config.Files = append(p.config.Files, source.Name)
 		p.file(source)
@@ -31,13 +61,6 @@ func Parse(sources []Source, o Options) (*Config, error) {
 			break
 		}
 	}
-	if !p.stopped {
-		p.checkReferences()
-	}
-	if len(p.errors) > 0 {
-		return nil, p.errors
-	}
-	return p.config, nil
 }
 
 // maxErrors is after how many HAProxy gives up too.
@@ -55,11 +78,18 @@ type parser struct {
 	ambiguous  map[string]Pos    // of them, those of a name that another had, and where
 	last       *Proxy            // the defaults section that proxies inherit without from
 
-	pos     Pos
-	section string // as HAProxy names it in $.SECTION
-	keyword string // of the section that lines belong to; "" before the first
-	current *Proxy // of a proxy's or defaults section
-	conds   []branch
+	pos  Pos
+	raw  string // the line itself
+	open bool   // the line has a variable in it whose value is not known here
+	// openName: so has the name of a section.
+	openName bool
+	section  string // as HAProxy names it in $.SECTION
+	keyword  string // of the section that lines belong to; "" before the first
+	current  *Proxy // of a proxy's or defaults section
+	conds    []branch
+	// headless is what is wrong with the head of the section, which is an error
+	// once something stands in it.
+	headless *Error
 
 	lines    int  // of the section so far
 	indented bool // all of them are
@@ -88,17 +118,24 @@ func (p *parser) state() truth {
 }
 
 // fail is for what HAProxy refuses, at a column. In a part that may not be
-// there it may never see it.
+// there it may never see it, and a variable that is not known here may stand
+// for something that it accepts.
 func (p *parser) fail(column int, format string, args ...any) {
 	pos := p.pos
 	pos.Column = column
 	text := fmt.Sprintf(format, args...)
-	if p.state() == undecided {
+	if p.state() == undecided || p.open {
 		p.config.Notes = append(p.config.Notes, Note{pos, text})
 		return
 	}
 	p.errors = append(p.errors, &Error{pos, text})
 	p.stopped = p.stopped || len(p.errors) >= maxErrors
+}
+
+// abort is fail for what HAProxy does not read on after.
+func (p *parser) abort(column int, format string, args ...any) {
+	p.fail(column, format, args...)
+	p.stopped = p.stopped || p.state() == yes && !p.open
 }
 
 // refuse is fail, but for what 3.4 has an alert for and then accepts.
@@ -119,7 +156,7 @@ func (p *parser) note(column int, format string, args ...any) {
 func (p *parser) file(s Source) {
 	p.keyword, p.section, p.current = "", "", nil
 	p.conds = nil
-	p.pos = Pos{File: s.Name}
+	p.pos, p.open = Pos{File: s.Name}, false
 	if i := bytes.IndexByte(s.Text, 0); i >= 0 {
 		before := s.Text[:i]
 		p.pos.Line = 1 + bytes.Count(before, []byte("\n"))
@@ -132,13 +169,13 @@ func (p *parser) file(s Source) {
 		p.pos.Line++
 		p.line(line)
 		if rest = after; !ended && !p.stopped {
-			p.conds = nil
+			p.conds, p.open = nil, false
 			p.fail(len(line)+1, "the last line does not end in a newline: the file may have been cut off")
 		}
 	}
 	if n := len(p.conds); n > 0 && !p.stopped {
 		p.pos = p.conds[n-1].pos
-		p.conds = nil
+		p.conds, p.open = nil, false
 		p.fail(p.pos.Column, "this .if has no .endif")
 	}
 }
@@ -148,6 +185,7 @@ func (p *parser) line(line string) {
 	if strings.HasPrefix(trimmed, "[") {
 		return // a scope, which HAProxy reads and uses for nothing
 	}
+	p.raw, p.open = line, false
 	words, err := lex(line, &p.env, p.local, rulesOf(p.version))
 	if err != nil {
 		// HAProxy splits lines into words before it looks at conditions.
@@ -160,6 +198,7 @@ func (p *parser) line(line string) {
 	if len(words) == 0 {
 		return
 	}
+	p.open = slices.ContainsFunc(words, func(w word) bool { return w.open })
 	if strings.HasPrefix(words[0].text, ".") && p.conditional(words) {
 		return
 	}
@@ -198,7 +237,7 @@ func (p *parser) conditional(words []word) bool {
 	}
 	// What is wrong with conditions is so whatever they come to.
 	abort := func(column int, format string, args ...any) bool {
-		p.conds = nil
+		p.conds, p.open = nil, false
 		p.fail(column, format, args...)
 		p.stopped = true
 		return true
@@ -242,7 +281,7 @@ func (p *parser) conditional(words []word) bool {
 		c := &condition{text: strings.Join(texts, " "), version: p.version, env: &p.env, open: open}
 		var err error
 		if value, err = c.evaluate(); err != nil {
-			if b.outer == undecided {
+			if b.outer == undecided || open {
 				p.note(column, "%s", err)
 				value = undecided
 			} else {
@@ -250,7 +289,7 @@ func (p *parser) conditional(words []word) bool {
 			}
 		}
 		if value == undecided {
-			p.note(column, "only HAProxy can decide %s %s: what it guards may or may not hold", name, c.text)
+			p.note(column, "only HAProxy can decide %s: what it guards may or may not hold", strings.TrimSpace(p.raw))
 		}
 	}
 	b.state = value
@@ -280,8 +319,8 @@ func (p *parser) message(words []word) {
 	}
 	switch name {
 	case ".alert":
-		p.fail(words[0].column, ".alert ends the reading here: %s", text)
-		p.stopped = p.stopped || p.state() == yes
+		p.open = false // whatever it says
+		p.abort(words[0].column, ".alert ends the reading here: %s", text)
 	case ".warning":
 		p.note(words[0].column, ".warning: %s", text)
 	}
@@ -328,6 +367,10 @@ func (p *parser) directive(w []word, indented bool) {
 		p.note(w[0].column, "%q is taken for a section that is not known, and passed over", keyword)
 		return
 	}
+	if p.headless != nil {
+		p.errors, p.headless = append(p.errors, p.headless), nil
+		return
+	}
 	p.lines++
 	p.indented = p.indented && indented
 	negated, reset := false, false
@@ -355,7 +398,16 @@ func (p *parser) pass(w []word) {
 	p.current = nil
 }
 
+// behead ends a section.
+func (p *parser) behead() {
+	if p.headless != nil {
+		p.config.Notes = append(p.config.Notes, Note{p.headless.Pos, p.headless.Text})
+		p.headless = nil
+	}
+}
+
 func (p *parser) begin(w []word) {
+	p.behead()
 	p.keyword, p.section = w[0].text, w[0].text
 	if len(w) > 1 {
 		p.section = w[1].text
@@ -374,28 +426,28 @@ func (p *parser) enter(w []word) {
 		}
 		return
 	}
-	name, rest := word{column: w[0].column + len(p.keyword)}, w[1:]
+	name, rest := word{column: w[0].end}, w[1:]
 	if len(rest) > 0 && !(kind == Defaults && rest[0].text == "from" && len(rest) == 2) {
 		name, rest = rest[0], rest[1:]
 	}
 	if kind != Defaults {
-		if name.text == "" {
-			p.fail(name.column, "%s needs a name", kind)
-			p.stopped = p.state() == yes
+		if name.text == "" && !name.open {
+			p.abort(name.column, "%s needs a name", kind)
 			return
 		}
 	}
 	if c := invalidInName(name.text); c != 0 && kind != Defaults {
 		p.refuse(name.column, "%q is not permitted in the name %q: only letters, digits, and . : _ -", c, name.text)
 	}
+	p.openName = p.openName || name.open
 	var from word
 	if len(rest) > 1 && rest[0].text == "from" {
 		from = rest[1]
 	}
-	if extra := len(rest) - 1; kind == Defaults && (extra == 0 || extra > 1 || extra == 1 && from.text == "") {
+	if extra := len(rest) - 1; kind == Defaults && (extra == 0 || extra > 1 || extra == 1 && from.column == 0) {
 		p.note(rest[extra].column, "HAProxy passes over %q", rest[extra].text)
 	}
-	if kind != Defaults && len(rest) > 0 && (from.text == "" || len(rest) != 2) {
+	if kind != Defaults && len(rest) > 0 && (from.column == 0 || len(rest) != 2) {
 		at := rest[0]
 		if at.text == "from" && len(rest) > 2 {
 			at = rest[2]
@@ -405,7 +457,13 @@ func (p *parser) enter(w []word) {
 			hint = "; addresses are given by bind"
 		}
 		p.fail(at.column, "unexpected %q after the name: only from and the name of a defaults section can follow%s", at.text, hint)
-		// HAProxy goes on with the section that it was in.
+		if wrong := len(p.errors) - 1; wrong >= 0 && p.errors[wrong].Pos.Line == p.pos.Line && (len(rest) == 1 || rest[0].text != "from") {
+			// An alert that HAProxy does not count: there is no such section,
+			// and only what stands in it is an error.
+			p.headless = p.errors[wrong]
+			p.errors = p.errors[:wrong]
+		}
+		return
 	}
 	pos := p.pos
 	pos.Column = w[0].column
@@ -427,13 +485,13 @@ func (p *parser) enter(w []word) {
 	if kind == Defaults {
 		parent = newDefaults()
 	}
-	if from.text != "" {
+	if from.text != "" || from.open {
 		if parent = p.inherit(from); parent == nil {
 			return
 		}
 	}
 	p.current = parent.child(kind, name.text, pos)
-	p.current.Undecided = p.state() == undecided
+	p.current.Undecided = p.state() == undecided || from.open
 	if kind != Defaults {
 		p.config.Proxies = append(p.config.Proxies, p.current)
 		return
@@ -456,8 +514,7 @@ func (p *parser) redefine(name word) bool {
 		case !p.version.Known():
 			p.note(name.column, "from 3.1 on HAProxy refuses it: %s", text)
 		case p.version.AtLeast(3, 1):
-			p.fail(name.column, "%s", text)
-			p.stopped = p.stopped || p.state() == yes
+			p.abort(name.column, "%s", text)
 			return false
 		}
 	}
@@ -469,10 +526,13 @@ func (p *parser) redefine(name word) bool {
 
 // inherit returns the defaults section that a from names, nil if there is none.
 func (p *parser) inherit(from word) *Proxy {
+	if from.open {
+		p.note(from.column, "which defaults section it is depends on a variable that is not known here")
+		return newDefaults()
+	}
 	named := p.defaults[from.text]
 	if named == nil {
-		p.fail(from.column, "no defaults section before is named %q", from.text)
-		p.stopped = p.stopped || p.state() == yes
+		p.abort(from.column, "no defaults section before is named %q", from.text)
 		return nil
 	}
 	if first, is := p.ambiguous[from.text]; is {
@@ -534,6 +594,9 @@ func set[T any](p *parser, w []word, value T) Setting[T] {
 	if p.current != nil {
 		section = p.current.String()
 	}
+	if slices.ContainsFunc(w, func(w word) bool { return w.open }) {
+		p.note(w[0].column, "%s depends on a variable that is not known here", w[0].text)
+	}
 	pos := p.pos
 	pos.Column = w[0].column
 	return Setting[T]{Value: value, Text: strings.Join(texts, " "), Pos: pos, Section: section, Undecided: open}
@@ -542,7 +605,7 @@ func set[T any](p *parser, w []word, value T) Setting[T] {
 // number reads the one number that a keyword takes. ok is false after an error.
 func (p *parser) number(w []word, within func(int64) int64) (n int, ok bool) {
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "%s needs a number", w[0].text)
+		p.fail(w[0].end, "%s needs a number", w[0].text)
 		return 0, false
 	}
 	if !p.atMost(w, 2) {
@@ -599,8 +662,9 @@ const maxTimer = 1<<31 - 1
 // duration reads a time as parse_time_err() of src/tools.c does: milliseconds
 // without a unit, and rounded up to them.
 func (p *parser) duration(w word) (d time.Duration, ok bool) {
-	if w.open && w.text == "" {
-		return 0, true
+	fail := p.fail
+	if w.open {
+		fail, ok = func(int, string, ...any) {}, true
 	}
 	expected := "a number with us, ms, s, m, h or d after it, such as 60s"
 	i := 0
@@ -608,8 +672,8 @@ func (p *parser) duration(w word) (d time.Duration, ok bool) {
 		i++
 	}
 	if i == 0 {
-		p.fail(w.column, "%q is not a time: expected %s", w.text, expected)
-		return 0, false
+		fail(w.column, "%q is not a time: expected %s", w.text, expected)
+		return 0, ok
 	}
 	unit, unitLength := time.Millisecond, 1
 	switch rest := w.text[i:]; {
@@ -628,16 +692,16 @@ func (p *parser) duration(w word) (d time.Duration, ok bool) {
 	case rest[0] == 'd':
 		unit = 24 * time.Hour
 	default:
-		p.fail(w.column+i, "%q is not a unit of time: expected %s", rest, expected)
-		return 0, false
+		fail(min(w.column+i, w.end), "%q is not a unit of time: expected %s", rest, expected)
+		return 0, ok
 	}
-	if i+unitLength < len(w.text) {
+	if i+unitLength < len(w.text) && !w.open {
 		p.note(w.column, "%q has more after the unit, which HAProxy warns of", w.text)
 	}
 	n, err := strconv.ParseInt(w.text[:i], 10, 64)
 	if err != nil || n > int64(maxTimer*time.Millisecond/unit) {
-		p.fail(w.column, "%q is too long: HAProxy's timers end at 24d20h31m", w.text)
-		return 0, false
+		fail(w.column, "%q is too long: HAProxy's timers end at 24d20h31m", w.text)
+		return 0, ok
 	}
 	d = time.Duration(n) * unit
 	d = (d + time.Millisecond - 1).Truncate(time.Millisecond)
@@ -655,12 +719,15 @@ func (p *parser) global(w []word) {
 			return
 		}
 		if n, ok := p.number(w, asInt); ok {
+			perhapsSet := s.Undecided
 			*s = set(p, w, n)
+			s.Undecided = s.Undecided || perhapsSet
 		}
 	}
 	switch w[0].text {
 	case "maxconn":
-		if len(w) == 2 && !w[1].open && leadingNumber(w[1].text) != w[1].text && p.version.AtLeast(2, 7) {
+		isSet := g.Maxconn.Value != 0 || g.Maxconn.Undecided
+		if len(w) == 2 && !w[1].open && leadingNumber(w[1].text) != w[1].text && p.version.AtLeast(2, 7) && !isSet {
 			p.fail(w[1].column, "expected maxconn and a number, not %q", w[1].text)
 			return
 		}
@@ -670,7 +737,7 @@ func (p *parser) global(w []word) {
 	case "fd-hard-limit":
 		number(&g.FDHardLimit)
 	case "nbthread":
-		if len(w) == 2 && !w[1].open && (strings.Trim(w[1].text, "0123456789") != "" || leadingInt(w[1].text) < 1) {
+		if len(w) == 2 && !w[1].open && (leadingNumber(w[1].text) != w[1].text || leadingInt(strings.TrimPrefix(w[1].text, "+")) < 1) {
 			p.fail(w[1].column, "expected a number of threads from 1, not %q", w[1].text)
 			return
 		}
@@ -687,7 +754,7 @@ func (p *parser) global(w []word) {
 		}
 	case "hard-stop-after":
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "hard-stop-after needs a time such as 30s")
+			p.fail(w[0].end, "hard-stop-after needs a time such as 30s")
 			return
 		}
 		if d, ok := p.duration(w[1]); ok {
@@ -696,7 +763,7 @@ func (p *parser) global(w []word) {
 	case "stats":
 		if len(w) > 1 && w[1].text == "socket" {
 			if len(w) < 3 {
-				p.fail(w[1].column+len("socket"), "stats socket needs an address such as /run/haproxy/admin.sock")
+				p.fail(w[1].end, "stats socket needs an address such as /run/haproxy/admin.sock")
 				return
 			}
 			s := set(p, w, w[2].text)
@@ -711,47 +778,22 @@ func (p *parser) global(w []word) {
 // environment takes the keywords that change it for the lines that follow.
 func (p *parser) environment(w []word) {
 	args := w[1:]
-	if p.state() == undecided {
-		for _, name := range args {
-			delete(p.env.vars, name.text)
-			delete(p.env.unset, name.text)
-		}
-		p.env.complete = false
-		return
-	}
 	switch w[0].text {
 	case "setenv", "presetenv":
 		if len(args) < 2 {
-			p.fail(w[0].column+len(w[0].text), "%s needs a name and a value", w[0].text)
+			p.fail(w[0].end, "%s needs a name and a value", w[0].text)
 			return
-		}
-		_, isSet, known := p.env.lookup(args[0].text)
-		switch {
-		case w[0].text == "presetenv" && isSet:
-		case w[0].text == "presetenv" && !known, args[1].open:
-			delete(p.env.vars, args[0].text)
-			delete(p.env.unset, args[0].text)
-			p.env.complete = false
-		default:
-			p.env.vars[args[0].text] = args[1].text
 		}
 	case "unsetenv":
 		if len(args) == 0 {
-			p.fail(w[0].column+len(w[0].text), "unsetenv needs a name")
+			p.fail(w[0].end, "unsetenv needs a name")
 		}
-		for _, name := range args {
-			delete(p.env.vars, name.text)
-			p.env.unset[name.text] = true
-		}
-	case "resetenv":
-		kept := map[string]string{}
-		for _, name := range args {
-			if value, isSet := p.env.vars[name.text]; isSet {
-				kept[name.text] = value
-			}
-		}
-		if p.env.vars = kept; len(args) == 0 {
-			p.env.complete = true
+	}
+	for e := &p.env; e != nil; e = e.other {
+		if p.state() == undecided {
+			e.doubt(args)
+		} else {
+			e.change(w[0].text, args)
 		}
 	}
 }
@@ -769,7 +811,7 @@ func (p *parser) proxy(w []word, negated, reset bool) {
 	front, back := px.Kind != Backend, px.Kind != Frontend
 	value := func() (word, bool) {
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "%s needs a value", w[0].text)
+			p.fail(w[0].end, "%s needs a value", w[0].text)
 			return word{}, false
 		}
 		return w[1], p.atMost(w, 2)
@@ -805,7 +847,7 @@ func (p *parser) proxy(w []word, negated, reset bool) {
 			return
 		}
 		if len(w) < 2 {
-			p.fail(w[0].column+len(w[0].text), "use_backend needs the name of a backend")
+			p.fail(w[0].end, "use_backend needs the name of a backend")
 			return
 		}
 		px.UseBackends = append(px.UseBackends, set(p, w, w[1].text))
@@ -820,7 +862,7 @@ func (p *parser) mode(w []word) {
 	if !p.atMost(w, 2) {
 		return
 	}
-	name, column := "", w[0].column+len(w[0].text)
+	name, column := "", w[0].end
 	if len(w) > 1 {
 		name, column = w[1].text, w[1].column
 	}
@@ -841,8 +883,12 @@ func (p *parser) mode(w []word) {
 }
 
 func (p *parser) timeout(w []word) {
+	if len(w) > 1 && w[1].open {
+		p.note(w[1].column, "which timeout it is depends on a variable that is not known here")
+		return
+	}
 	if len(w) < 2 || !frontTimeouts[w[1].text] && !backTimeouts[w[1].text] {
-		at, got := w[0].column+len(w[0].text), ""
+		at, got := w[0].end, ""
 		if len(w) > 1 {
 			at, got = w[1].column, w[1].text
 		}
@@ -853,7 +899,7 @@ func (p *parser) timeout(w []word) {
 	}
 	name := w[1].text
 	if len(w) < 3 {
-		p.fail(w[1].column+len(name), "timeout %s needs a time such as 60s", name)
+		p.fail(w[1].end, "timeout %s needs a time such as 60s", name)
 		return
 	}
 	d, ok := p.duration(w[2])
@@ -873,7 +919,7 @@ func (p *parser) timeout(w []word) {
 		p.note(w[0].column, "timeout %s has no effect in %s: it belongs to a %s", name, p.current, kind)
 		return
 	}
-	if last := w[2].text; d > 0 && d < 100*time.Millisecond && isDigit(last[len(last)-1]) {
+	if last := w[2].text; d > 0 && d < 100*time.Millisecond && isDigit(last[len(last)-1]) && !w[2].open {
 		p.note(w[2].column, "timeout %s %s is %s: without a unit it is milliseconds", name, last, d)
 	}
 	p.current.Timeouts[name] = set(p, w, d)
@@ -888,7 +934,7 @@ var flagOptions = words("abortonclose allbackups checkcache clitcpka contstats d
 
 func (p *parser) option(w []word, negated, reset bool) {
 	if len(w) < 2 {
-		p.fail(w[0].column+len(w[0].text), "option needs a name")
+		p.fail(w[0].end, "option needs a name")
 		return
 	}
 	name := w[1].text
@@ -909,6 +955,9 @@ func (p *parser) option(w []word, negated, reset bool) {
 
 // checkReferences looks for backends that are used and not there.
 func (p *parser) checkReferences() {
+	if p.openName {
+		return
+	}
 	backends := map[string]bool{}
 	for _, px := range p.config.Proxies {
 		if px.Connects() {
@@ -929,6 +978,26 @@ func (p *parser) checkReferences() {
 			}
 			p.pos = use.Pos
 			p.fail(use.Pos.Column, "%s uses backend %q, which is not there", px, use.Value)
+		}
+	}
+}
+
+// checkServers looks for servers of one name.
+func (p *parser) checkServers() {
+	for _, px := range p.config.Proxies {
+		if px.Disabled.Value || px.Undecided {
+			continue
+		}
+		first := map[string]Pos{}
+		for _, s := range px.Servers {
+			if s.Undecided || s.Count != 1 {
+				continue
+			}
+			if pos, is := first[s.Name]; is {
+				p.pos = s.Pos
+				p.fail(s.Pos.Column, "server %s has the name of the one at %s", s.Name, pos)
+			}
+			first[s.Name] = s.Pos
 		}
 	}
 }

@@ -136,10 +136,10 @@ func NewView(processes []Process) *View {
 func (v *View) Knows(pid int) bool { return v.byPID[pid] != nil }
 
 // SamePlaces says whether a and b are one process, of which a View would say
-// the same.
+// the same. Of one that runs nobody knows what, any configuration is as good.
 func SamePlaces(a, b Process) bool {
-	return a.PID == b.PID && a.ticks == b.ticks && a.Netns == b.Netns && a.Old == b.Old && a.Config == b.Config &&
-		a.Changed == b.Changed && a.Version == b.Version && slices.Equal(a.Servers, b.Servers) &&
+	return a.PID == b.PID && a.ticks == b.ticks && a.Netns == b.Netns && a.Old == b.Old &&
+		(a.Config == b.Config || a.Changed) && a.Changed == b.Changed && a.Version == b.Version && slices.Equal(a.Servers, b.Servers) &&
 		maps.Equal(a.Interfaces, b.Interfaces) && maps.Equal(a.Namespaces, b.Namespaces)
 }
 

@@ -148,6 +148,15 @@ func FromTimer(d time.Duration) Limit {
 	return Limit{Duration: d, Slack: d / 8, source: fromTimer, value: d}
 }
 
+// WithPlace is l with what stands for its place in the source, which is the
+// same but for the names.
+func (l Limit) WithPlace(stands func(*haproxy.Place) *haproxy.Place) Limit {
+	if l.place != nil {
+		l.place = stands(l.place)
+	}
+	return l
+}
+
 // closed is the kernel's own deadline for a closed connection whose peer stays
 // silent, from the close on.
 //

@@ -66,7 +66,7 @@ func openNetns(inode uint32) (*os.File, error) {
 	}
 	f, err := spaces.open(inode)
 	switch {
-	case f == nil && os.Geteuid() != 0:
+	case err != nil && os.Geteuid() != 0:
 		return nil, errors.New("to enter it takes root")
 	case err != nil:
 		return nil, fmt.Errorf("no way into it: %w", err)

@@ -18,27 +18,33 @@ import (
 // space is a network namespace and the processes in it.
 type space struct {
 	inode     uint32
-	processes []*haproxy.Process
+	processes []*haproxy.Process // of HAProxy
+	owner     string             // of one that is in it; "" if none is known
+	pid       int
 	sysctls   events.Sysctls
 }
 
 func (in *Checked) sysctls() (findings []Finding) {
-	var spaces []*space
-	for i := range in.Processes {
-		p := &in.Processes[i]
-		at := slices.IndexFunc(spaces, func(s *space) bool { return s.inode == p.Netns })
-		if at < 0 {
-			at = len(spaces)
-			spaces = append(spaces, &space{inode: p.Netns, sysctls: in.Sysctls[p.Netns]})
-		}
-		spaces[at].processes = append(spaces[at].processes, p)
-	}
-	for _, s := range spaces {
+	for _, s := range in.spaces() {
 		findings = append(findings, in.finTimeout(s)...)
 		findings = append(findings, in.tables(s)...)
 		findings = append(findings, in.conntrack(s)...)
 	}
 	return findings
+}
+
+// spaces are the network namespaces of the processes.
+func (in *Checked) spaces() (spaces []*space) {
+	for i := range in.Processes {
+		p := &in.Processes[i]
+		at := slices.IndexFunc(spaces, func(s *space) bool { return s.inode == p.Netns })
+		if at < 0 {
+			at = len(spaces)
+			spaces = append(spaces, &space{inode: p.Netns, owner: processLabel(p), pid: p.PID, sysctls: in.Sysctls[p.Netns]})
+		}
+		spaces[at].processes = append(spaces[at].processes, p)
+	}
+	return spaces
 }
 
 // place is a sysctl with its value, and whose namespace it is of.
@@ -51,7 +57,11 @@ func (in *Checked) place(s *space, name string) Location {
 	if called := in.Netns(s.inode); called != "" {
 		where = called
 	}
-	return Location{Text: fmt.Sprintf("%s in network namespace %s, of %s", text, where, processLabel(s.processes[0]))}
+	text += " in network namespace " + where
+	if s.owner != "" {
+		text += ", of " + s.owner
+	}
+	return Location{Text: text}
 }
 
 func (in *Checked) isOwn(s *space) bool { return s.inode == 0 || s.inode == in.OwnNetns }
@@ -59,8 +69,11 @@ func (in *Checked) isOwn(s *space) bool { return s.inode == 0 || s.inode == in.O
 // set is how a sysctl gets a value.
 func (in *Checked) set(s *space, name string, value int) Edit {
 	if !in.isOwn(s) && name != events.SysctlMaxOrphans {
-		return Edit{Text: "in that namespace, and where it is made",
-			Lines: []string{fmt.Sprintf("nsenter -t %d -n sysctl -w %s=%d", s.processes[0].PID, name, value)}}
+		line := fmt.Sprintf("sysctl -w %s=%d", name, value)
+		if s.pid != 0 {
+			line = fmt.Sprintf("nsenter -t %d -n %s", s.pid, line)
+		}
+		return Edit{Text: "in that namespace, and where it is made", Lines: []string{line}}
 	}
 	return Edit{Text: "in /etc/sysctl.d/90-tcp.conf, then run sysctl --system",
 		Lines: []string{fmt.Sprintf("%s = %d", name, value)}}

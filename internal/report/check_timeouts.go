@@ -92,6 +92,14 @@ func (k *checker) finUndecided() {
 
 func (k *checker) fin() {
 	k.finUndecided()
+	for _, group := range k.finGroups(func(*waiting) bool { return true }) {
+		k.add(k.finGroup(group))
+	}
+}
+
+// finGroups are those wanted that can make HAProxy wait too long, together where
+// they do by the same line.
+func (k *checker) finGroups(wanted func(*waiting) bool) [][]waiting {
 	type key struct {
 		side     haproxy.Side
 		at       haproxy.Pos
@@ -101,11 +109,11 @@ func (k *checker) fin() {
 	}
 	var worth []waiting
 	for _, w := range k.waits() {
-		if _, ok := w.silent(); ok {
+		if _, ok := w.silent(); ok && wanted(&w) {
 			worth = append(worth, w)
 		}
 	}
-	for _, group := range groupBy(worth, func(w waiting) key {
+	return groupBy(worth, func(w waiting) key {
 		severity, _ := w.silent()
 		at := w.fin.By.Pos
 		if !w.fin.By.IsSet() {
@@ -113,13 +121,11 @@ func (k *checker) fin() {
 			at.Line, at.Column = 0, 0 // all that have none, file by file
 		}
 		return key{w.side, at, w.fin.Name, w.http, severity}
-	}) {
-		k.finGroup(group)
-	}
+	})
 }
 
 // finGroup is about proxies that wait by the same line.
-func (k *checker) finGroup(group []waiting) {
+func (k *checker) finGroup(group []waiting) Finding {
 	w := &group[0]
 	proxies := make([]*haproxy.Proxy, len(group))
 	for i := range group {
@@ -193,7 +199,7 @@ func (k *checker) finGroup(group []waiting) {
 		f.Fix = []Edit{byFin}
 	}
 	f.Verify = fmt.Sprintf("after a reload, `fintrace list --stage held --side %s --min-duration %s` stays empty.", side, span(limit+10*time.Second))
-	k.add(f)
+	return f
 }
 
 // since says from which version on a WebSocket waits for timeout tunnel.

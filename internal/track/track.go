@@ -385,13 +385,16 @@ func (t *Tracker) add(cookie uint64) index {
 }
 
 func (t *Tracker) sideOf(accepted bool, netns uint32, port uint16) events.Side {
-	if accepted {
-		return events.Inbound
-	}
-	if _, listening := t.listeners[listener{netns, port}]; listening {
+	if accepted || t.Listening(netns, port) {
 		return events.Inbound
 	}
 	return events.Outbound
+}
+
+// Listening says whether the last snapshot has shown a listener on a port.
+func (t *Tracker) Listening(netns uint32, port uint16) bool {
+	_, listening := t.listeners[listener{netns, port}]
+	return listening
 }
 
 // orphan makes c a full socket without a process.
