@@ -166,7 +166,9 @@ func (d *diagnosing) collect(before map[uint32]map[string]int64) {
 		}
 	})
 	report.SortOldest(e.Conns)
-	e.Instants = d.watch.counters.Instants
+	if len(d.haproxies.netns) == 0 {
+		e.Instants = &d.watch.counters.Instants
+	}
 	e.Lost = d.watch.counters.Lost + d.watch.counters.Missed
 	if d.passing > 0 {
 		d.unlooked(fmt.Errorf("%d entries and ends more than the %d that are kept of each", d.passing, keptAtMost))

@@ -32,7 +32,7 @@ type Figures struct {
 	entered      int
 	left         int
 	ends         map[events.End]int
-	instants     uint64
+	instants     *uint64
 	closeWait    int
 	tables       []Table
 	lost         uint64
@@ -198,15 +198,7 @@ func (f *Figures) print(b *strings.Builder, style Style) {
 	}
 	para(f.rates())
 	if len(f.tables) > 0 {
-		var words []string
-		for _, t := range f.tables {
-			if t.Max > 0 {
-				words = append(words, fmt.Sprintf("%s %d of %d", t.Name, t.Count, t.Max))
-			} else {
-				words = append(words, fmt.Sprintf("%s %+d", t.Name, t.Count))
-			}
-		}
-		para("Kernel: " + strings.Join(words, ", ") + ".")
+		para("Kernel: " + strings.Join(f.fullest(), ", ") + ".")
 	}
 	if f.total == 0 {
 		return
@@ -233,6 +225,28 @@ func (f *Figures) print(b *strings.Builder, style Style) {
 	block(f.histogram())
 }
 
+// fullest are the tables in words, of each kind the one that is the fullest, and
+// the counters that have moved.
+func (f *Figures) fullest() (words []string) {
+	fullest := map[string]Table{}
+	for _, t := range f.tables {
+		switch before, known := fullest[t.Name]; {
+		case t.Max == 0 && t.Count != 0:
+			words = append(words, fmt.Sprintf("%s %+d", t.Name, t.Count))
+		case t.Max > 0 && (!known || float64(t.Count)/float64(t.Max) > float64(before.Count)/float64(before.Max)):
+			fullest[t.Name] = t
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(fullest)) {
+		t := fullest[name]
+		words = append(words, fmt.Sprintf("%s %d of %d", t.Name, t.Count, t.Max))
+	}
+	if len(words) == 0 {
+		words = append(words, "no counter of what did not fit has moved")
+	}
+	return words
+}
+
 func (f *Figures) byStage() string {
 	var words []string
 	for s := events.Held; s <= events.Minisock; s++ {
@@ -254,7 +268,10 @@ func (f *Figures) rates() string {
 			text += fmt.Sprintf(", %s %d", e, f.ends[e])
 		}
 	}
-	return text + fmt.Sprintf("); %d more came and left at once, as a healthy close does.", f.instants)
+	if f.instants == nil {
+		return text + ")."
+	}
+	return text + fmt.Sprintf("); %d more came and left at once, as a healthy close does.", *f.instants)
 }
 
 func (g *grouping) lines(width int) []string {
@@ -395,7 +412,7 @@ func (f *Figures) MarshalJSON() ([]byte, error) {
 	type rates struct {
 		Entered  int            `json:"entered"`
 		Left     int            `json:"left"`
-		Instants uint64         `json:"instants"`
+		Instants *uint64        `json:"instants,omitempty"`
 		In       *float64       `json:"entered_per_second,omitempty"`
 		Out      *float64       `json:"left_per_second,omitempty"`
 		Ends     map[string]int `json:"ends"`

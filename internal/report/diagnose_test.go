@@ -99,7 +99,7 @@ func (s *scene) conns(c a) (all []track.Conn) {
 	for i := range c.n {
 		s.cookie++
 		conn := track.Conn{Cookie: s.cookie, Netns: c.netns, Side: c.side, Stage: c.stage, Process: c.process,
-			Flow:     events.Flow{Local: s.at(c.local, int(s.cookie)), Remote: s.at(c.remote, int(s.cookie))},
+			Flow: events.Flow{Local: s.at(c.local, int(s.cookie)), Remote: s.at(c.remote, int(s.cookie))},
 			// Nothing comes as regular as that.
 			Duration: c.age + time.Duration(i)*c.step + c.step*time.Duration(i*i*7919%800)/1000, SinceExact: !c.bound, StagesKnown: true, ClosedBy: events.ByShutdown}
 		conn.Since = s.e.Ended.Add(-conn.Duration)
@@ -208,7 +208,8 @@ func healthy(t testing.TB) *scene {
 	s := tidy(t)
 	s.add(a{n: 3, local: "192.0.2.1:443", remote: "198.51.100.7:0", process: lb, age: 800 * time.Millisecond, step: time.Second})
 	s.add(a{n: 4, local: "192.0.2.1:443", remote: "198.51.100.8:0", stage: events.Minisock, age: 9 * time.Second, step: 5 * time.Second})
-	s.e.Instants = 1200
+	instants := uint64(1200)
+	s.e.Instants = &instants
 	return s
 }
 

@@ -22,7 +22,9 @@ type Evidence struct {
 	// Departures are the same that left, in the order in which they did.
 	Arrivals   []Arrival
 	Departures []track.Conn
-	Instants   uint64 // that entered and left at once, as a healthy close does
+	// Instants entered and left at once, as a healthy close does; nil where that
+	// is not known, as it is counted for the whole host.
+	Instants *uint64
 
 	CloseWait []CloseWait
 	States    map[events.State]int // how many sockets are in each; absent: not counted
