@@ -420,8 +420,13 @@ func (d *diagnoser) verdict() []string {
 	return []string{d.calm()}
 }
 
+// sentence is a title with its first letter and its full stop. A name that is
+// typed as it is, such as tcp_fin_timeout or haproxy[1], keeps its letters.
 func sentence(text string) string {
-	return strings.ToUpper(text[:1]) + text[1:] + "."
+	if first, _, _ := strings.Cut(text, " "); !strings.ContainsAny(first, "_[.") {
+		text = strings.ToUpper(text[:1]) + text[1:]
+	}
+	return text + "."
 }
 
 // calm is the one line where nothing is wrong.
