@@ -113,7 +113,7 @@ func (d *diagnosing) run(ctx context.Context) (diagnosis report.Diagnosis, err e
 	if err != nil {
 		return diagnosis, err
 	}
-	d.collect(before)
+	d.collect(context.WithoutCancel(ctx), before)
 	if d.anonymize {
 		d.evidence = report.Anonymize(d.evidence)
 	}
@@ -156,7 +156,7 @@ func (d *diagnosing) notice(n *track.Notice) {
 }
 
 // collect takes what is there at the end of the watch.
-func (d *diagnosing) collect(before map[uint32]map[string]int64) {
+func (d *diagnosing) collect(ctx context.Context, before map[uint32]map[string]int64) {
 	e := &d.evidence
 	now := probe.Now()
 	e.Ended = now
@@ -173,6 +173,8 @@ func (d *diagnosing) collect(before map[uint32]map[string]int64) {
 	if d.passing > 0 {
 		d.unlooked(fmt.Errorf("%d entries and ends more than the %d that are kept of each", d.passing, keptAtMost))
 	}
+	// How many slots are taken is to be as of now, like the connections.
+	d.haproxies.look(ctx)
 	for _, p := range d.haproxies.found.Processes {
 		if d.selected(p.Netns) {
 			e.HAProxy = append(e.HAProxy, p)

@@ -130,7 +130,7 @@ func (d *diagnoser) slotsOf(s *spot) (all []*slots) {
 					l.limit = row.Slim
 				}
 				if row.Scur >= 0 {
-					l.taken, l.known = row.Scur, true
+					l.taken, l.known = max(row.Scur, h.all), true // HAProxy was asked a little before.
 				}
 			}
 			// Where the process has no more, it is that which is reached.
@@ -141,7 +141,7 @@ func (d *diagnoser) slotsOf(s *spot) (all []*slots) {
 		if known {
 			l := &slots{what: processLabel(p), process: p, held: h.all, past: h.past, taken: h.all, limit: global}
 			if p.Info != nil && p.Info.CurrConns >= 0 {
-				l.taken, l.known = p.Info.CurrConns, true
+				l.taken, l.known = max(p.Info.CurrConns, h.all), true
 			}
 			all = append(all, l)
 		}
@@ -476,7 +476,7 @@ func (d *diagnoser) notSeen() {
 	}
 	if d.e.Lost > 0 {
 		f.Title = join(", and ", strings.TrimPrefix(f.Title, "not everything could be seen"),
-			plural(d.e.Lost, "record", "records")+" of the kernel were lost")
+			plural(d.e.Lost, "record of the kernel was lost", "records of the kernel were lost"))
 		why = append(why, "What is there was looked at anew, so the numbers are right; rates, growth, bursts and cliffs, and who closed what, may be off by what was lost.")
 	}
 	f.Why = strings.Join(why, " ")
