@@ -19,6 +19,8 @@ const (
 	namesOfAll = 3 // names in a list of those concerned
 	// peerMost: a peer that has all but one in so many is behind the pile.
 	peerMost = 5
+	// peerFew: fewer may have one address by chance.
+	peerFew = 5
 )
 
 // severity is how bad a pile is: it harms now where it takes half of the slots,
@@ -99,13 +101,18 @@ func (d *diagnoser) pileUp(s *spot) {
 	if s.place != nil {
 		f.Why = fmt.Sprintf("HAProxy has closed its direction, and the %s have acknowledged that but not closed theirs. While a process holds the sockets no timer of the kernel runs: %s.",
 			peers, s.whatEnds())
+	} else if s.unreadHAProxy() {
+		f.Why = fmt.Sprintf("HAProxy has closed its direction, and the %s have acknowledged that but not closed theirs. While a process holds the sockets no timer of the kernel runs: only HAProxy's own does, and which that is here is not known.", peers)
 	} else {
 		f.Why = fmt.Sprintf("The program has shut its direction down, and the %s have acknowledged that but not closed theirs. While a process holds the sockets no timer of the kernel runs: only the program itself can end this.", peers)
 	}
 	for i := range s.causes {
 		f.Fix = append(f.Fix, Edit{Text: fmt.Sprintf("as in %s", s.causes[i].ID)})
 	}
-	if s.place == nil {
+	switch {
+	case s.unreadHAProxy():
+		f.Fix = append(f.Fix, Edit{Text: "in HAProxy's configuration, where that port is, if it is not there yet (mode tcp)", Lines: []string{"    timeout " + s.finOption() + " 60s"}})
+	case s.place == nil:
 		f.Fix = append(f.Fix, Edit{Text: "in the program: a timeout of its own after shutdown(), or close() in its place, which hands the socket to the kernel's timer"})
 	}
 	if line, ok := d.kill(s); ok {
@@ -113,6 +120,18 @@ func (d *diagnoser) pileUp(s *spot) {
 	}
 	f.Verify = s.verify()
 	d.add(f)
+}
+
+// unreadHAProxy says whether HAProxy holds a pile, and no configuration of its
+// that could be read says where.
+func (s *spot) unreadHAProxy() bool { return s.place == nil && haproxy.IsName(s.name) }
+
+// finOption is what ends half-closed connections at a spot.
+func (s *spot) finOption() string {
+	if s.side == events.Outbound {
+		return "server-fin"
+	}
+	return "client-fin"
 }
 
 func (s *spot) verify() string {
@@ -354,7 +373,7 @@ func examples(conns []*track.Conn) string {
 func (d *diagnoser) peerIsOne(s *spot) {
 	peers := s.byPeer()
 	n, all := peers[0].n, len(s.past)
-	if all < pileMany || n*peerMost < all*(peerMost-1) {
+	if all < peerFew || n*peerMost < all*(peerMost-1) {
 		return
 	}
 	d.add(Finding{ID: "peer-is-one",
@@ -506,8 +525,12 @@ func (d *diagnoser) pileVerdict() []string {
 		what = fmt.Sprintf("%d connections to %s have been silent for %s since HAProxy closed, %s: %s.",
 			n, s.where(), upTo(s.past[0]), s.from(), s.consequence())
 	default:
-		what = fmt.Sprintf("%s holds %d connections in FIN_WAIT2 at %s, for %s, %s: nothing but the program itself ends them.",
-			process, n, s.where(), upTo(s.past[0]), s.from())
+		ends := "nothing but the program itself ends them"
+		if s.unreadHAProxy() {
+			ends = "which timeout ends them is not known, as no configuration that could be read has this port"
+		}
+		what = fmt.Sprintf("%s holds %d connections in FIN_WAIT2 at %s, for %s, %s: %s.",
+			process, n, s.where(), upTo(s.past[0]), s.from(), ends)
 	}
 	lines := []string{what, d.advice(s)}
 	if others := d.piles[1:]; len(others) > 0 {
@@ -583,6 +606,8 @@ func (d *diagnoser) advice(s *spot) string {
 		return text + "."
 	case finding("running-configuration-differs") != nil:
 		return "Reload HAProxy: its files have changed since it was started" + now
+	case s.unreadHAProxy():
+		return fmt.Sprintf("`timeout %s` belongs where HAProxy has that port; with --haproxy-config FILE this says more%s", s.finOption(), now)
 	case s.place == nil:
 		return "The program needs a timeout of its own for this" + now
 	}
