@@ -45,7 +45,11 @@ func (e endpoint) ask(ctx context.Context, line string) (answer []byte, err erro
 	limit := time.Until(deadline)
 	defer func() {
 		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, syscall.EAGAIN) {
-			err = fmt.Errorf("no answer in %v: is haproxy stopped, or overloaded?", limit.Round(100*time.Millisecond))
+			if limit = limit.Round(100 * time.Millisecond); limit > 0 {
+				err = fmt.Errorf("no answer in %v: is haproxy stopped, or overloaded?", limit)
+			} else {
+				err = errors.New("not asked, as others before it took all the time")
+			}
 		}
 		if err != nil {
 			err = e.explain(err)
