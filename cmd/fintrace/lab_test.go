@@ -57,6 +57,7 @@ type labDiagnosis struct {
 	Findings []struct{ ID, Severity, Title string }
 	Evidence struct {
 		Unlooked []string `json:"not_looked_at"`
+		Lost     int
 	}
 
 	code   int // with which it exits
@@ -82,7 +83,7 @@ func TestLab(t *testing.T) {
 	haproxytest.System(t)
 	results := &labResults{rows: map[string]map[string]byte{}}
 	// As many at a time as the machine can watch without delay.
-	places := make(chan struct{}, 6*runtime.NumCPU())
+	places := make(chan struct{}, 4*runtime.NumCPU())
 	t.Run("scenarios", func(t *testing.T) {
 		for _, s := range labScenarios {
 			t.Run(s.name, func(t *testing.T) {
@@ -187,6 +188,9 @@ func (r *labResults) judge(t *testing.T, s *labScenario, d *labDiagnosis) {
 	t.Helper()
 	found := map[string]bool{}
 	for _, f := range d.Findings {
+		if f.ID == "not-seen" && d.Evidence.Lost > 0 && len(d.Evidence.Unlooked) == 0 {
+			continue // The kernel skips records of one diagnosis while another detaches.
+		}
 		found[f.ID] = true
 	}
 	row := map[string]byte{}
