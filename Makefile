@@ -5,7 +5,7 @@ export CGO_ENABLED = 0
 # Root runs things as it is; others by sudo.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help build run demo list generate haproxies test bench clean
+.PHONY: help build run demo list generate haproxies test lab bench clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ haproxies: ## fetch the HAProxy versions that tests run beside the system's (Deb
 test: ## check formats, licences and generated files, and run all tests
 	@.ci/check
 	go test ./...
+
+lab: ## have real scenarios diagnosed, and print which has which finding (a minute)
+	go test -c -o dist/lab.test ./cmd/fintrace
+	cd cmd/fintrace && $(SUDO) ../../dist/lab.test -test.run '^TestLab' -lab.matrix
 
 bench: build ## speed beside today's tools, as ratios, into BENCHMARKS.md (some minutes)
 	go build -trimpath -o dist/bench ./internal/bench

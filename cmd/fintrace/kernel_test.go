@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -41,7 +42,9 @@ func TestMain(m *testing.M) {
 			unix.Pause()
 		}
 	}
-	testscript.Main(tests{m}, map[string]func(){"fintrace": main, "unprivileged": unprivileged})
+	programs := map[string]func(){"fintrace": main, "unprivileged": unprivileged}
+	maps.Copy(programs, labPrograms)
+	testscript.Main(tests{m}, programs)
 }
 
 // tests are what runs where the test binary is not run as a command.
