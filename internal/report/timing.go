@@ -574,7 +574,7 @@ func GrowthOf(lives []Lifetime, began, ended events.Time) Growth {
 		for _, x := range part {
 			sum += x
 		}
-		g.Steady = g.Steady && sum/float64(len(part)) >= mean/3
+		g.Steady = g.Steady && sum/float64(len(part)) >= mean/2
 	}
 	return g
 }
