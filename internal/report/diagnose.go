@@ -369,7 +369,7 @@ func (d *diagnoser) byProcess(conns []*track.Conn) []countOf {
 	}
 	return countBy(conns, func(c *track.Conn) who { return who{c.Process.PID, c.Process.Comm} },
 		func(w who) string {
-			name := processName(events.Process{PID: w.pid, Comm: w.comm})
+			name := nameOrNot(events.Process{PID: w.pid, Comm: w.comm})
 			if p := d.processes[w.pid]; p != nil && p.Old {
 				name += " (old worker)"
 			}
@@ -431,9 +431,12 @@ func sentence(text string) string {
 
 // calm is the one line where nothing is wrong.
 func (d *diagnoser) calm() string {
-	n := len(d.e.Conns)
+	n, nothing := len(d.e.Conns), "Nothing is stuck"
+	if len(d.unlooked) > 0 || d.e.Lost > 0 {
+		nothing = "Nothing that could be seen is stuck"
+	}
 	if n == 0 {
-		return "Nothing is stuck: no connection is in FIN_WAIT2."
+		return nothing + ": no connection is in FIN_WAIT2."
 	}
 	oldest := slices.MinFunc(d.e.Conns, func(a, b track.Conn) int { return oldestFirst(&a, &b) })
 	limits := "none past its limit"
@@ -443,5 +446,5 @@ func (d *diagnoser) calm() string {
 	case d.stuck > 0:
 		limits = fmt.Sprintf("no more than %d past their limit", d.stuck)
 	}
-	return fmt.Sprintf("Nothing is stuck: %d in FIN_WAIT2, %s, the oldest for %s.", n, limits, age(&oldest))
+	return fmt.Sprintf("%s: %d in FIN_WAIT2, %s, the oldest for %s.", nothing, n, limits, age(&oldest))
 }

@@ -17,7 +17,6 @@ import (
 
 // timeouts is about those that let the piles grow, as a check finds them.
 func (d *diagnoser) timeouts() {
-	sides := map[events.Side]haproxy.Side{events.Inbound: haproxy.ClientSide, events.Outbound: haproxy.ServerSide}
 	involved := map[*haproxy.Process]map[haproxy.Side]map[string]*spot{}
 	for _, s := range d.piles {
 		if s.place == nil {
@@ -31,7 +30,7 @@ func (d *diagnoser) timeouts() {
 				involved[p] = map[haproxy.Side]map[string]*spot{haproxy.ClientSide: {}, haproxy.ServerSide: {}}
 			}
 			for _, px := range s.place.Proxies {
-				involved[p][sides[s.side]][px.Name] = s
+				involved[p][s.place.Side][px.Name] = s
 			}
 		}
 	}
@@ -112,11 +111,10 @@ func (d *diagnoser) slotsOf(s *spot) (all []*slots) {
 	count(s.past, func(h *held) { h.past++ })
 	for _, p := range byPID(maps.Keys(byProcess)) {
 		h := byProcess[p]
-		var global int
-		known := false
-		if p.Config != nil {
-			global, known = (&checker{process: p, config: p.Config}).maxconnGlobal()
+		if p.Config == nil {
+			continue
 		}
+		global, known := (&checker{process: p, config: p.Config}).maxconnGlobal()
 		if s.side == events.Inbound && s.place.Certain() {
 			l := &slots{what: placeName(s.place), process: p, proxy: s.place.Proxies[0], held: h.all, past: h.past, taken: h.all}
 			if n := l.proxy.Maxconn; !n.Undecided && !p.Changed {

@@ -69,9 +69,6 @@ func (d *diagnoser) pileUp(s *spot) {
 	who := fmt.Sprintf("%d processes hold", len(processes))
 	if len(processes) == 1 {
 		who = processes[0].name + " holds"
-		if processes[0].name == "?" {
-			who = "a process that could not be found holds"
-		}
 	}
 	f := Finding{Severity: s.severity(), ID: "held-pile-up",
 		Title: fmt.Sprintf("%s %s past their limit at %s, for %s, %s", who,
@@ -229,7 +226,7 @@ func (d *diagnoser) findMirrors() {
 		for _, c := range s.past {
 			if w := d.otherEnd(c); w != nil {
 				s.local = append(s.local, c)
-				culprits[processName(w.Process)]++
+				culprits[nameOrNot(w.Process)]++
 			}
 		}
 		for _, name := range slices.Sorted(maps.Keys(culprits)) {
@@ -238,6 +235,14 @@ func (d *diagnoser) findMirrors() {
 			}
 		}
 	}
+}
+
+// nameOrNot names a process in a sentence.
+func nameOrNot(p events.Process) string {
+	if !p.Known() {
+		return "a process that was not found"
+	}
+	return processName(p)
 }
 
 // otherEnd is the connection in CLOSE_WAIT that is c seen from the other side.
@@ -277,15 +282,12 @@ func (d *diagnoser) localPeers() {
 			holds[c.Process.PID]++
 		}
 	}
-	for _, group := range groupBy(all, func(e end) string { return processName(e.wait.Process) }) {
+	for _, group := range groupBy(all, func(e end) string { return nameOrNot(e.wait.Process) }) {
 		first := group[0]
 		if len(group) < pileFew {
 			continue
 		}
-		name := processName(first.wait.Process)
-		if name == "?" {
-			name = "a process that could not be found"
-		}
+		name := nameOrNot(first.wait.Process)
 		f := Finding{Severity: Warning, ID: "local-peer",
 			Title:  fmt.Sprintf("%s on this host has not closed its end of %d connections: it has them in CLOSE_WAIT, which keeps the other ends in FIN_WAIT2", name, len(group)),
 			Why:    "The other side's FIN has arrived, so read() returns 0 there; what is missing is the close() that has to follow. No timer of the kernel ends CLOSE_WAIT.",
@@ -296,7 +298,7 @@ func (d *diagnoser) localPeers() {
 			f.Fix = []Edit{{Text: "there, as its own pile in FIN_WAIT2 is the cause of this"}}
 		}
 		flow := first.wait.Flow
-		f.Where = []Location{{Text: fmt.Sprintf("CLOSE_WAIT of %s: %d, such as %s to %s", processName(first.wait.Process), len(group), flow.Local, flow.Remote)}}
+		f.Where = []Location{{Text: fmt.Sprintf("CLOSE_WAIT of %s: %d, such as %s to %s", name, len(group), flow.Local, flow.Remote)}}
 		held := map[*spot]int{}
 		for _, e := range group {
 			held[e.at]++
@@ -305,7 +307,7 @@ func (d *diagnoser) localPeers() {
 			if held[s] == 0 {
 				continue
 			}
-			if s.culprit == processName(first.wait.Process) {
+			if s.culprit == name {
 				f.Severity = max(f.Severity, s.severity())
 			}
 			f.Where = append(f.Where, Location{Text: fmt.Sprintf("FIN_WAIT2 at %s, held by %s: %d", s.where(), tallied(d.byProcess(s.local), namesOfAll), held[s])})
@@ -486,7 +488,7 @@ func (d *diagnoser) closeWaitTwins() {
 		c := &d.e.CloseWait[i]
 		w := who{c.Process.PID, opposite[c.Side]}
 		// Its peer's FIN came before ours went out on the other side.
-		if pinning[w] > 0 && (c.IdleAtLeast == 0 || c.IdleAtLeast+track.Grace >= youngest[w]) {
+		if c.IdleAtLeast == 0 || c.IdleAtLeast+track.Grace >= youngest[w] {
 			twins = append(twins, twin{c, w})
 		}
 	}
@@ -520,10 +522,10 @@ func (d *diagnoser) pileVerdict() []string {
 			s.culprit, len(s.local), s.where(), upTo(s.past[0]), process)
 	case s.place != nil && s.side == events.Inbound:
 		what = fmt.Sprintf("%d %s at %s have been silent for %s since HAProxy closed, %s: %s.",
-			n, s.peersName(n), s.where(), upTo(s.past[0]), s.from(), s.consequence())
+			n, s.peersName(n), s.where(), upTo(s.past[0]), s.from(), d.consequence(s))
 	case s.place != nil:
 		what = fmt.Sprintf("%d connections to %s have been silent for %s since HAProxy closed, %s: %s.",
-			n, s.where(), upTo(s.past[0]), s.from(), s.consequence())
+			n, s.where(), upTo(s.past[0]), s.from(), d.consequence(s))
 	default:
 		ends := "nothing but the program itself ends them"
 		if s.unreadHAProxy() {
@@ -531,6 +533,9 @@ func (d *diagnoser) pileVerdict() []string {
 		}
 		what = fmt.Sprintf("%s holds %d connections in FIN_WAIT2 at %s, for %s, %s: %s.",
 			process, n, s.where(), upTo(s.past[0]), s.from(), ends)
+	}
+	if strings.HasPrefix(what, "a ") {
+		what = "A" + what[1:]
 	}
 	lines := []string{what, d.advice(s)}
 	if others := d.piles[1:]; len(others) > 0 {
@@ -545,10 +550,10 @@ func (d *diagnoser) pileVerdict() []string {
 }
 
 // consequence is what a pile of HAProxy's takes, and what ends it.
-func (s *spot) consequence() string {
+func (d *diagnoser) consequence(s *spot) string {
 	takes := ""
 	switch {
-	case s.allOld():
+	case d.allOld(s):
 		takes = "an old worker that a reload has replaced holds them"
 	case len(s.slots) > 0:
 		l := s.slots[0]
@@ -570,8 +575,11 @@ func (s *spot) consequence() string {
 }
 
 // allOld says whether only old workers hold a pile.
-func (s *spot) allOld() bool {
-	return s.place != nil && !slices.ContainsFunc(s.past, func(c *track.Conn) bool { return c.Place == nil || !c.Place.Process.Old })
+func (d *diagnoser) allOld(s *spot) bool {
+	return !slices.ContainsFunc(s.past, func(c *track.Conn) bool {
+		p := d.holderOf(c)
+		return p == nil || !p.Old
+	})
 }
 
 // advice is what to do first about a pile.
@@ -594,11 +602,11 @@ func (d *diagnoser) advice(s *spot) string {
 	case len(s.causes) > 0 && len(s.causes[0].Fix) > 0 && len(s.causes[0].Fix[0].Lines) > 0:
 		edit := s.causes[0].Fix[0]
 		text := fmt.Sprintf("Set `%s` (%s) and reload", strings.TrimSpace(edit.Lines[0]), edit.short())
-		if s.allOld() {
+		if d.allOld(s) {
 			text += fmt.Sprintf(", and `%s`, as no reload changes what an old worker does", lastLine(finding("old-workers")))
 		}
 		return text + "."
-	case s.allOld():
+	case d.allOld(s):
 		text := fmt.Sprintf("`%s` ends them", lastLine(finding("old-workers")))
 		if len(finding("old-workers").Fix) > 1 {
 			text += "; `hard-stop-after` in global does so after every reload"

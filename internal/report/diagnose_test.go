@@ -50,11 +50,15 @@ type a struct {
 }
 
 func worker(t testing.TB, pid int, version, config string) haproxy.Process {
+	return workerOf(t, pid, version, "/etc/haproxy/haproxy.cfg", config)
+}
+
+func workerOf(t testing.TB, pid int, version, file, config string) haproxy.Process {
 	v, err := haproxy.ParseVersion(version)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := haproxy.Parse([]haproxy.Source{{Name: "/etc/haproxy/haproxy.cfg", Text: []byte(config)}}, haproxy.Options{Version: v})
+	c, err := haproxy.Parse([]haproxy.Source{{Name: file, Text: []byte(config)}}, haproxy.Options{Version: v})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -431,9 +435,14 @@ func TestFindings(t *testing.T) {
 		{"orphans", "closed-harmless", none, add(closed(10, events.Orphaned)), add(silent(10, time.Second))},
 
 		{"high ports", "peer-is-client", slow, many(10, 2*time.Minute), add(outbound(20))},
-		{"from one low port", "peer-is-client", none, add(silent(20, 2*time.Minute)), func(s *scene) {
+		{"from low ports", "peer-is-client", none, add(silent(20, 2*time.Minute)), func(s *scene) {
 			for i := range 20 {
-				s.add(a{n: 1, local: "192.0.2.1:443", remote: fmt.Sprintf("198.51.100.%d:179", i), process: lb, age: 2 * time.Minute})
+				s.add(a{n: 1, local: "192.0.2.1:443", remote: fmt.Sprintf("198.51.100.22:%d", i+700), process: lb, age: 2 * time.Minute})
+			}
+		}},
+		{"from one port", "peer-is-client", none, add(silent(20, 2*time.Minute)), func(s *scene) {
+			for i := range 20 {
+				s.add(a{n: 1, local: "192.0.2.1:443", remote: fmt.Sprintf("198.51.100.%d:5060", i), process: lb, age: 2 * time.Minute})
 			}
 		}},
 
@@ -451,20 +460,24 @@ func TestFindings(t *testing.T) {
 			many(20, time.Second)(s)
 		}},
 		{"the whole process", "maxconn-pressure", pressed(1000, 80, 100, 80), many(20, time.Minute), many(19, time.Minute)},
-		{"an old worker's slots", "maxconn-pressure", reloaded, add(silent(9, 10*time.Minute)), add(ofOld(9, 10*time.Minute))},
+		{"an old worker's slots", "maxconn-pressure", reloaded, add(silent(9, 10*time.Minute)), add(ofOld(30, 10*time.Minute))},
 
 		{"arithmetic", "global-maxconn-no-room", func(t testing.TB) *scene {
 			return newScene(t, worker(t, 1234, "2.6.12", threadConfig(t)))
 		}, many(10, 2*time.Minute), many(2, 2*time.Minute)},
 
-		{"held", "fin-timeout-no-help", slow, many(10, 2*time.Minute), add(closed(50, events.Minisock))},
+		{"held", "fin-timeout-no-help", slow, many(10, 2*time.Minute), with(many(9, 2*time.Minute), add(closed(50, events.Minisock)))},
 		{"trap", "tcp-fin-timeout-trap", none, with(finTimeout(hostns, 65), add(closed(10, events.Minisock))), with(finTimeout(hostns, 65), add(closed(9, events.Minisock)))},
 		{"long", "tcp-fin-timeout-long", none, with(finTimeout(hostns, 600), add(closed(10, events.Orphaned))), finTimeout(hostns, 600)},
 		{"elsewhere", "tcp-fin-timeout-elsewhere", none, with(finTimeout(hostns, 15), func(s *scene) {
 			c := closed(10, events.Minisock)
 			c.netns = lbNetns
 			s.add(c)
-		}), with(finTimeout(hostns, 15), add(closed(10, events.Minisock)))},
+		}), with(finTimeout(hostns, 15), finTimeout(lbNetns, 15), func(s *scene) {
+			c := closed(10, events.Minisock)
+			c.netns = lbNetns
+			s.add(c)
+		})},
 
 		{"old worker", "old-workers", reloaded, add(ofOld(1, 10*time.Minute)), add(ofOld(12, 2*time.Second))},
 		{"new worker", "old-workers", reloaded, add(ofOld(1, 10*time.Minute)), add(silent(12, 10*time.Minute))},
@@ -484,6 +497,16 @@ func TestFindings(t *testing.T) {
 		}, func(s *scene) {
 			many(10, 2*time.Minute)(s)
 			s.twins(10, "10.0.0.5:8080", proc(5, "other"), 3*time.Minute)
+		}},
+		{"of the same side", "close-wait-twins", slow, func(s *scene) {
+			many(10, 2*time.Minute)(s)
+			s.twins(10, "10.0.0.5:8080", lb, 3*time.Minute)
+		}, func(s *scene) {
+			many(10, 2*time.Minute)(s)
+			s.twins(10, "198.51.100.99:40000", lb, 3*time.Minute)
+			for i := range s.e.CloseWait {
+				s.e.CloseWait[i].Side = events.Inbound
+			}
 		}},
 		{"younger than the pile", "close-wait-twins", slow, func(s *scene) {
 			many(10, 2*time.Minute)(s)
@@ -611,7 +634,99 @@ func TestTimingFindings(t *testing.T) {
 		if d = s.diagnose(); d.find("bursts") != nil {
 			t.Errorf("%v", d.find("bursts").Title)
 		}
+		// A health check every two seconds.
+		s = tidy(t)
+		for i := range 14 {
+			c.age = time.Duration(i)*2*time.Second + time.Second
+			s.add(c)
+		}
+		if d = s.diagnose(); d.find("bursts") != nil {
+			t.Errorf("%v", d.find("bursts").Title)
+		}
 	})
+}
+
+// Whatever is not known, there is a diagnosis.
+func TestDiagnoseUnknown(t *testing.T) {
+	each := func(s *scene, change func(*track.Conn)) {
+		for i := range s.e.Conns {
+			change(&s.e.Conns[i])
+		}
+	}
+	for name, make := range scenes {
+		for what, forget := range map[string]func(*scene){
+			"nothing":     func(*scene) {},
+			"not watched": func(s *scene) { s.e.Began = s.e.Ended },
+			"processes":   func(s *scene) { each(s, func(c *track.Conn) { c.Process = nobody }) },
+			"places":      func(s *scene) { each(s, func(c *track.Conn) { c.Place = nil }) },
+			"sides":       func(s *scene) { each(s, func(c *track.Conn) { c.Side = 0 }) },
+			"stages":      func(s *scene) { each(s, func(c *track.Conn) { c.StagesKnown, c.Held, c.Minisock = false, 0, 0 }) },
+			"HAProxy":     func(s *scene) { s.e.HAProxy = nil },
+			"configuration": func(s *scene) {
+				s.e.HAProxy = slices.Clone(s.e.HAProxy)
+				for i := range s.e.HAProxy {
+					s.e.HAProxy[i].Config = nil
+				}
+			},
+			"the new one": func(s *scene) {
+				s.e.HAProxy = slices.Clone(s.e.HAProxy)
+				for i := range s.e.HAProxy {
+					s.e.HAProxy[i].Old = true
+				}
+			},
+			"settings":   func(s *scene) { s.e.Settings = nil },
+			"namespaces": func(s *scene) { s.e.Netns, s.e.OwnNetns = nil, 0 },
+			"culprits": func(s *scene) {
+				for i := range s.e.CloseWait {
+					s.e.CloseWait[i].Process = nobody
+				}
+			},
+		} {
+			s := make(t)
+			forget(s)
+			d := s.diagnose()
+			for _, line := range d.Verdict {
+				if line == "" || strings.Contains(line, "?") || strings.Contains(line, "%!") {
+					t.Errorf("%s without %s: %q", name, what, d.Verdict)
+				}
+			}
+			if pile := d.find("held-pile-up"); pile == nil && (name == "thread" || name == "other-program") {
+				t.Errorf("%s without %s: there is no pile, %v", name, what, d.ids())
+			}
+			if text := textOf(t, d) + jsonOf(t, d) + Nagios(d); strings.Contains(text, "%!") || strings.Contains(text, "NaN") || strings.Contains(text, "Inf") {
+				t.Errorf("%s without %s:\n%s", name, what, text)
+			}
+		}
+	}
+}
+
+func TestPastLimit(t *testing.T) {
+	s := tidy(t)
+	for _, stage := range []events.Stage{events.Held, events.Orphaned, events.Minisock} {
+		c := s.conns(a{n: 1, local: "192.0.2.1:443", remote: "198.51.100.22:0", stage: stage, process: lb, age: time.Hour})[0]
+		if got, want := pastLimit(&c), stage == events.Held; got != want {
+			t.Errorf("%s: %v, want %v", stage, got, want)
+		}
+	}
+}
+
+// What an old worker holds has to do with its own settings, and what is to be
+// changed is those of the one that runs.
+func TestOldWorkerSettings(t *testing.T) {
+	s := oldWorker(t)
+	d := s.diagnose()
+	if f := d.find("client-fin-unset"); f != nil {
+		t.Errorf("the running one has it: %+v", f)
+	}
+	f := d.find("old-workers")
+	if len(f.Fix) != 2 || f.Fix[0].Lines[0] != "    hard-stop-after 15m" || f.Fix[1].Lines[0] != "kill -TERM 77" {
+		t.Errorf("%+v", f.Fix)
+	}
+	s.e.HAProxy[1].Config.Global.HardStopAfter = haproxy.Setting[time.Duration]{Value: time.Hour, Text: "hard-stop-after 1h", Pos: haproxy.Pos{File: "x", Line: 2}}
+	d = s.diagnose()
+	if f = d.find("old-workers"); len(f.Fix) != 1 || strings.Contains(d.Verdict[1], "hard-stop-after") {
+		t.Errorf("what is set is to be set: %+v, %q", f.Fix, d.Verdict)
+	}
 }
 
 // What could not be seen is last, however bad the rest.
@@ -685,7 +800,7 @@ var ipLike = regexp.MustCompile(`[0-9A-Fa-f:.]*[:.][0-9A-Fa-f:.]+`)
 
 func TestAnonymize(t *testing.T) {
 	all := map[string]func(testing.TB) *scene{"everything": func(t testing.TB) *scene {
-		p := worker(t, 1234, "2.6.12", strings.NewReplacer("10.0.0.5:8080", "db.internal.corp:8080", "bind :443", "bind 192.0.2.1:443",
+		p := workerOf(t, 1234, "2.6.12", "/etc/haproxy/edge.shop.com.cfg", strings.NewReplacer("10.0.0.5:8080", "db.internal.corp:8080", "bind :443", "bind 192.0.2.1:443",
 			"listen mail", "listen mail.shop.com", "10.0.0.6:993", "smtp1:993").Replace(tidyConfig))
 		p.Problems = []string{"haproxy runtime socket ipv4@10.9.9.9:9999: nobody listens there", "fe80::1234:5678: no, [2001:db8:5::9]:443 neither"}
 		s := newScene(t, p)
@@ -698,6 +813,7 @@ func TestAnonymize(t *testing.T) {
 			c.n, c.process, c.age, c.step = 12, lb, 5*time.Minute, time.Minute
 			s.others(s.add(c)[:3], proc(900, "x 10.0.0.22"))
 		}
+		s.add(a{n: 12, local: "192.0.2.1:22", remote: "10.0.0.23:0", process: proc(5, "x: 10.0.0.23"), age: time.Hour})
 		s.e.Unlooked = []string{"network namespace of shop.example.com: 10.0.0.22 is not there"}
 		s.e.Arrivals = []Arrival{{s.e.Began, s.e.Conns[0]}}
 		s.e.Departures = s.e.Conns[:2:2]
@@ -743,6 +859,11 @@ func TestAnonymize(t *testing.T) {
 			for _, host := range []string{"db.internal.corp", "shop.com", "smtp1", "shop.example.com"} {
 				if strings.Contains(text, host) {
 					t.Errorf("%s is still there", host)
+				}
+			}
+			if name == "everything" {
+				if host := Anonymize(s.e).HAProxy[0].Config.Proxies[1].Servers[0].Host; !strings.HasSuffix(host, ".example") {
+					t.Errorf("the server is %s", host)
 				}
 			}
 			if name == "everything" && !strings.Contains(text, "127.0.0.22") {
