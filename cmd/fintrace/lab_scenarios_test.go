@@ -465,13 +465,13 @@ var labScenarios = []labScenario{
 		exit:  []int{1, 2},
 	},
 	{
-		name: "bursts every two seconds",
+		name: "bursts every 1.5 s",
 		stage: func(w *world) {
 			w.finTimeout(soonOverdue)
 			proxied(noClientFIN, answering)(w)
 		},
 		during: func(w *world) func(context.Context) {
-			return regularly(2*time.Second, func(int) { w.stuck(6, client, https) })
+			return regularly(1500*time.Millisecond, func(int) { w.stuck(5, client, https) })
 		},
 		args: []string{"--duration", "17s"},
 		must: []string{"bursts", "held-pile-up", "client-fin-unset"},
@@ -486,7 +486,7 @@ var labScenarios = []labScenario{
 			proxied(noClientFIN, answering)(w)
 		},
 		during: func(w *world) func(context.Context) {
-			return atRandom(2*time.Second/6, func(i int) { w.stuck(1, only(client(i)), https) })
+			return atRandom(300*time.Millisecond, func(i int) { w.stuck(1, only(client(i)), https) })
 		},
 		args: []string{"--duration", "17s"},
 		must: []string{"growing", "held-pile-up", "client-fin-unset", "maxconn-pressure"},
