@@ -24,9 +24,9 @@ const (
 	opening = events.Time(1000 * hour)
 )
 
-// trials is how often each case is tried. With 1500, no case has false alarms in more
-// than 0.75%: the most are with 5 bursts at random times.
-var trials = flag.Int("trials", 200, "how often each case of the tests of timing is tried")
+// trials is how often each case is tried. With 1000, no case has false alarms in more
+// than 0.3%.
+var trials = flag.Int("trials", 100, "how often each case of the tests of timing is tried")
 
 // A draw is a random duration.
 type draw func(*rand.Rand) time.Duration
@@ -422,11 +422,11 @@ func TestPeriodsFound(t *testing.T) {
 		}
 		rates := make([]float64, len(jitters))
 		for i, jitter := range jitters {
-			rates[i] = 100 * found(*trials/4, func(r *rand.Rand) time.Duration {
+			rates[i] = 100 * found(*trials, func(r *rand.Rand) time.Duration {
 				return minute + time.Duration(jitter*r.NormFloat64()*float64(minute))
 			})
 		}
-		random := 100 * found(*trials*5, exponential(minute))
+		random := 100 * found(*trials*10, exponential(minute))
 		t.Logf("%6d %5.0f %5.2f", n, rates, random)
 		if random > 1 {
 			t.Errorf("%d bursts: false alarm in %.2f%% of the cases", n, random)
