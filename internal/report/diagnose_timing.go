@@ -187,11 +187,14 @@ func (d *diagnoser) bursts() {
 		}
 		f := Finding{ID: "bursts",
 			Title: fmt.Sprintf("FIN_WAIT2 at %s comes in bursts, one every %s", s.where(), Duration(p.Every)),
-			Where: []Location{{Text: fmt.Sprintf("%d bursts seen, give or take %s, with %.0f%% of the connections; confidence %.0f%%",
-				p.Bursts, Duration(p.Jitter), p.Share*100, p.Confidence*100)}},
+			Where: []Location{{Text: fmt.Sprintf("%d bursts seen, the last %s ago, give or take %s, with %.0f%% of the connections; confidence %.0f%%",
+				p.Bursts, Duration(max(d.e.Ended.Sub(p.Last), 0)), Duration(p.Jitter), p.Share*100, p.Confidence*100)}},
 			Why: "Something with a clock does this: a job, a health check, a pool that is renewed, or a timer of HAProxy's that closes what came together. What runs at that interval, on the peers or here, is where to look."}
 		if peers := byPeer(s.held); len(peers) > 0 {
 			f.Where = append(f.Where, Location{Text: "peers: " + tallied(peers, namesOfAll)})
+		}
+		if p.AtLeast {
+			f.Where = append(f.Where, Location{Text: "as far as they were there before, by when their peers last sent something"})
 		}
 		if p.Missed > 0 {
 			f.Where = append(f.Where, Location{Text: fmt.Sprintf("%d that should have been between them were not there", p.Missed)})

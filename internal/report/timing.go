@@ -367,7 +367,7 @@ func (c *clipper) bursts(entries []int64, bin time.Duration) []burst {
 	for _, at := range entries[skipped:] {
 		c.counts[(at-start)/int64(bin)]++
 	}
-	limit := math.Log(0.01 / float64(n)) // one bin in a hundred searches
+	limit := math.Log(0.01) // a few by chance do no harm, evenness decides
 	const around = 8 * binsPerPeriod
 	for range 3 {
 		for i, k := range c.counts {
@@ -502,7 +502,7 @@ func evenness(intervals []float64, dead float64) (every, logDoubt float64) {
 		}
 	}
 	// The two tests, and the widths of bins, which find mostly the same bursts.
-	return every, logDoubt + math.Log(4)
+	return every, logDoubt + math.Log(6)
 }
 
 // multiple is how often unit goes into an interval, as far as a few missing bursts explain.
