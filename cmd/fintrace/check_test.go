@@ -86,7 +86,7 @@ frontend web
 		t.Errorf("looked at %q", looked)
 	}
 	if summary.Exit != 1 {
-		t.Errorf("exit code %d", summary.Exit)
+		t.Errorf("exit code %d: %+v", summary.Exit, findings)
 	}
 
 	// Without flags it finds this one among what runs on the host.

@@ -453,9 +453,11 @@ func (d *discovery) findOld() {
 		g.old = map[*task]bool{}
 		g.accounts = map[*task]account{}
 		newest := g.workers[0]
+		// A master has one worker at a time, but for nbproc's, which are started
+		// together.
+		single := g.isMaster && g.config != nil && g.config.Global.Nbproc.Value <= 1
 		for _, t := range g.workers {
-			// The processes of nbproc are started together.
-			older := newest.start.Sub(t.start) > sameMoment
+			older := newest.start.Sub(t.start) > sameMoment || single && t != newest
 			if older && (g.isMaster || newest.args.takesOver) {
 				g.old[t] = true
 			}
@@ -628,6 +630,9 @@ func (d *discovery) askMaster(ctx context.Context, g *group) {
 		for _, t := range g.workers {
 			if g.accounts[t].info != nil {
 				continue
+			}
+			if before := d.previous(t); before != nil && before.Old {
+				continue // It stays so, and 2.2 takes seconds to say what it is.
 			}
 			limited, cancel := share(ctx, 2)
 			a, err := e.query(limited, fmt.Sprintf("@!%d ", t.inner))

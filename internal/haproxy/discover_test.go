@@ -391,7 +391,10 @@ func TestDiscoverOld(t *testing.T) {
 	if err := os.WriteFile(root+"/h.cfg", []byte(proxyText), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	const run = "haproxy -f /h.cfg"
+	if err := os.WriteFile(root+"/several.cfg", []byte("global\n\tnbproc 2\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	const run, several = "haproxy -f /h.cfg", "haproxy -f /several.cfg -W"
 	type is struct {
 		master int
 		old    bool
@@ -413,8 +416,12 @@ func TestDiscoverOld(t *testing.T) {
 			map[int]is{11: {10, true}, 12: {10, false}},
 		},
 		"processes of nbproc": {
-			[]fakeTask{{pid: 10, args: run + " -W"}, {pid: 11, ppid: 10, seconds: 5, args: run + " -W"}, {pid: 12, ppid: 10, seconds: 6, args: run + " -W"}},
+			[]fakeTask{{pid: 10, args: several}, {pid: 11, ppid: 10, seconds: 5, args: several}, {pid: 12, ppid: 10, seconds: 6, args: several}},
 			map[int]is{11: {10, false}, 12: {10, false}},
+		},
+		"a reload within a second": {
+			[]fakeTask{{pid: 10, args: run + " -W"}, {pid: 11, ppid: 10, seconds: 5, args: run + " -W"}, {pid: 12, ppid: 10, seconds: 6, args: run + " -W"}},
+			map[int]is{11: {10, true}, 12: {10, false}},
 		},
 		"a reload that failed": { // whose master names its worker ever after
 			[]fakeTask{{pid: 10, seconds: 5, args: "haproxy -sf 11 -f /h.cfg -W"}, {pid: 11, ppid: 10, seconds: 5, args: run + " -W"}},
