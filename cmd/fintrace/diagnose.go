@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -185,6 +186,9 @@ func (d *diagnosing) collect(ctx context.Context, before map[uint32]map[string]i
 		d.unlooked(err)
 	}
 	after := d.statistics()
+	var lookup probe.Lookup
+	defer lookup.Close()
+	var closing []events.Socket
 	e.Settings = map[uint32]events.Sysctls{}
 	e.States = map[events.State]int{}
 	for netns, counts := range after {
@@ -192,10 +196,15 @@ func (d *diagnosing) collect(ctx context.Context, before map[uint32]map[string]i
 			d.unlooked(err)
 		}
 		d.tables(netns, before[netns], counts)
-		d.closeWait(netns)
+		sockets, err := lookup.CloseWait(netns)
+		if err != nil {
+			d.unlooked(err)
+		}
+		closing = append(closing, sockets...)
 		e.States[events.Established] += int(counts["Tcp CurrEstab"])
 		e.States[events.TimeWait] += int(counts["TCP tw"])
 	}
+	d.closeWait(closing)
 	for i := range e.Conns {
 		if e.Conns[i].Stage == events.Minisock {
 			e.States[events.TimeWait]-- // where the kernel counts it
@@ -205,17 +214,21 @@ func (d *diagnosing) collect(ctx context.Context, before map[uint32]map[string]i
 	e.States[events.FinWait2] = len(e.Conns)
 	e.States[events.CloseWait] = len(e.CloseWait)
 	e.States[events.Established] = max(e.States[events.Established]-len(e.CloseWait), 0) // CurrEstab counts both
-	slices.SortFunc(e.Tables, func(a, b report.Table) int { return compareTables(&a, &b) })
+	slices.SortFunc(e.Tables, func(a, b report.Table) int {
+		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Netns, b.Netns))
+	})
 }
 
 // statistics are those of the namespaces that are looked at.
 func (d *diagnosing) statistics() map[uint32]map[string]int64 {
+	var lookup probe.Lookup
+	defer lookup.Close()
 	all := map[uint32]map[string]int64{}
 	for netns := range d.watch.covered {
 		if !d.selected(netns) {
 			continue
 		}
-		counts, err := probe.Statistics(netns)
+		counts, err := lookup.Statistics(netns)
 		if err != nil {
 			d.unlooked(err)
 			continue
@@ -244,22 +257,8 @@ func (d *diagnosing) tables(netns uint32, before, after map[string]int64) {
 	}
 }
 
-func compareTables(a, b *report.Table) int {
-	switch {
-	case a.Name < b.Name:
-		return -1
-	case a.Name > b.Name:
-		return 1
-	}
-	return int(int64(a.Netns) - int64(b.Netns))
-}
-
-func (d *diagnosing) closeWait(netns uint32) {
-	sockets, err := probe.CloseWait(netns)
-	if err != nil {
-		d.unlooked(err)
-		return
-	}
+// closeWait adds the sockets in CLOSE_WAIT, each with its holder and its proxy.
+func (d *diagnosing) closeWait(sockets []events.Socket) {
 	inodes := map[uint64]bool{}
 	for i := range sockets {
 		inodes[sockets[i].Inode] = true
@@ -268,11 +267,11 @@ func (d *diagnosing) closeWait(netns uint32) {
 	rules := limits.Rules{HAProxy: d.haproxies.view}
 	for i := range sockets {
 		s := &sockets[i]
-		c := report.CloseWait{Netns: netns, Flow: s.Flow, Side: events.Outbound, Process: owners[s.Inode]}
-		if d.watch.tracker.Listening(netns, s.Flow.Local.Port) {
+		c := report.CloseWait{Netns: s.Netns, Flow: s.Flow, Side: events.Outbound, Process: owners[s.Inode]}
+		if d.watch.tracker.Listening(s.Netns, s.Flow.Local.Port) {
 			c.Side = events.Inbound
 		}
-		if place := rules.Place(netns, s.Flow, c.Side, c.Process.PID); place != 0 {
+		if place := rules.Place(s.Netns, s.Flow, c.Side, c.Process.PID); place != 0 {
 			c.Place = d.haproxies.view.Place(place)
 		}
 		d.evidence.CloseWait = append(d.evidence.CloseWait, c)

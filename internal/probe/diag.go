@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -13,9 +14,11 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 )
 
-// A Lookup asks for single sockets by sock_diag(7). Close it after a series.
+// A Lookup asks for what is in single network namespaces, for sockets by
+// sock_diag(7). The namespaces are those at its first question. Close it after
+// a series.
 type Lookup struct {
-	spaces namespaces
+	spaces *namespaces
 	conns  map[uint32]*netlink.Conn
 }
 
@@ -85,14 +88,7 @@ func (l *Lookup) dial(netns uint32) (*netlink.Conn, error) {
 	if c := l.conns[netns]; c != nil {
 		return c, nil
 	}
-	if l.conns == nil {
-		var err error
-		if l.spaces, err = findNamespaces(); err != nil {
-			return nil, err
-		}
-		l.conns = map[uint32]*netlink.Conn{}
-	}
-	there, err := l.spaces.open(netns)
+	there, err := l.open(netns)
 	if err != nil {
 		return nil, err
 	}
@@ -105,6 +101,21 @@ func (l *Lookup) dial(netns uint32) (*netlink.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	if l.conns == nil {
+		l.conns = map[uint32]*netlink.Conn{}
+	}
 	l.conns[netns] = c
 	return c, nil
+}
+
+// open returns a file that enters a namespace, nil for the caller's own.
+func (l *Lookup) open(netns uint32) (*os.File, error) {
+	if l.spaces == nil {
+		spaces, err := findNamespaces()
+		if err != nil {
+			return nil, err
+		}
+		l.spaces = &spaces
+	}
+	return l.spaces.open(netns)
 }

@@ -22,8 +22,8 @@ import (
 // inode: those of /proc/net/sockstat as "TCP tw", of /proc/net/snmp as "Tcp
 // CurrEstab", and of /proc/net/netstat as "TcpExt TCPTimeWaitOverflow". The
 // orphans are the whole host's in each of them.
-func Statistics(netns uint32) (map[string]int64, error) {
-	there, err := openNetns(netns)
+func (l *Lookup) Statistics(netns uint32) (map[string]int64, error) {
+	there, err := l.open(netns)
 	if err != nil {
 		return nil, fmt.Errorf("statistics of network namespace %d: %w", netns, err)
 	}
@@ -80,21 +80,11 @@ func pairedLines(r io.Reader, into map[string]int64) error {
 
 // CloseWait lists the sockets of a network namespace in CLOSE_WAIT: the peer has
 // closed, and the process, if Owners finds it by the inode, has not.
-func CloseWait(netns uint32) ([]events.Socket, error) {
-	there, err := openNetns(netns)
+func (l *Lookup) CloseWait(netns uint32) ([]events.Socket, error) {
+	conn, err := l.dial(netns)
 	if err != nil {
 		return nil, fmt.Errorf("sockets of network namespace %d: %w", netns, err)
 	}
-	var config netlink.Config
-	if there != nil {
-		defer there.Close()
-		config.NetNS = int(there.Fd())
-	}
-	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, &config)
-	if err != nil {
-		return nil, fmt.Errorf("sockets of network namespace %d: %w", netns, err)
-	}
-	defer conn.Close()
 	var sockets []events.Socket
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		req := make([]byte, diagRequestSize)
