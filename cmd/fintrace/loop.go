@@ -59,24 +59,12 @@ func (w *watch) start(ctx context.Context) error {
 	return w.seed(ctx)
 }
 
-// seed takes the first snapshot, having looked for the processes first so that
-// each connection is complete when it is first spoken of.
+// seed takes the first snapshot, with HAProxy's proxies known.
 func (w *watch) seed(ctx context.Context) error {
 	w.haproxies.look(ctx)
 	w.useHAProxies()
 	w.tracker.SetRules(w.rules, probe.Now())
-	held := map[uint64]bool{}
-	_, err := w.probe.Snapshot(0, func(sockets []events.Socket) {
-		for i := range sockets {
-			if sockets[i].Stage == events.Held {
-				held[sockets[i].Inode] = true
-			}
-		}
-	})
-	if err != nil {
-		return err
-	}
-	return w.reconcile(probe.Owners(held))
+	return w.reconcile()
 }
 
 // run goes on until ctx ends.
@@ -114,7 +102,7 @@ func (w *watch) run(ctx context.Context) error {
 			}
 		}
 		if now >= w.nextSnapshot() {
-			if err := w.reconcile(nil); err != nil {
+			if err := w.reconcile(); err != nil {
 				return err
 			}
 		}
@@ -154,7 +142,7 @@ func (w *watch) finish() error {
 	if err := w.check(probe.Now()); err != nil {
 		return err
 	}
-	return w.reconcile(nil)
+	return w.reconcile()
 }
 
 func (w *watch) nextWake(drainAt events.Time) events.Time {
@@ -206,8 +194,10 @@ func (w *watch) drain() error {
 	})
 }
 
-// reconcile looks at all sockets. owners are the processes that hold some.
-func (w *watch) reconcile(owners map[uint64]events.Process) error {
+// reconcile looks at all sockets. The held ones that nobody is known to hold are
+// told to the tracker last, with their processes, so that each connection is
+// complete when it is first spoken of.
+func (w *watch) reconcile() error {
 	// Read before: what is lost from now on may be lost on this snapshot too.
 	if err := w.check(probe.Now()); err != nil {
 		return err
@@ -215,30 +205,29 @@ func (w *watch) reconcile(owners map[uint64]events.Process) error {
 	losses := w.counters.Lost + w.counters.Missed
 	began, spent := probe.Now(), processorTime()
 	since := began.Sub(w.began) + time.Second
-	unowned := map[uint64]uint64{} // cookies by inode
+	var unowned []events.Socket
 	var drained error
 	w.tracker.BeginSnapshot(began)
 	cov, err := w.probe.Snapshot(since, func(sockets []events.Socket) {
 		drained = errors.Join(drained, w.drain())
+		owned := sockets[:0]
 		for i := range sockets {
-			if s := &sockets[i]; s.Stage == events.Held {
-				s.Process = owners[s.Inode]
-				tracked, _ := w.tracker.Get(s.Cookie, began)
-				if !s.Process.Known() && !tracked.Process.Known() {
-					unowned[s.Inode] = s.Cookie
-				}
+			s := &sockets[i]
+			if tracked, _ := w.tracker.Get(s.Cookie, began); s.Stage == events.Held && !tracked.Process.Known() {
+				unowned = append(unowned, *s)
+			} else {
+				owned = append(owned, *s)
 			}
 		}
-		w.each(w.tracker.Observe(sockets))
+		w.each(w.tracker.Observe(owned))
 	})
+	findOwners(unowned)
 	if err := errors.Join(err, drained, w.drain()); err != nil {
 		return err
 	}
+	w.each(w.tracker.Observe(unowned))
 	for _, skipped := range cov.Skipped {
 		w.warn(errors.New(skipped))
-	}
-	if owners == nil {
-		w.findOwners(unowned)
 	}
 	var lookup probe.Lookup
 	defer lookup.Close()
@@ -263,13 +252,15 @@ func processorTime() time.Duration {
 	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
-func (w *watch) findOwners(unowned map[uint64]uint64) {
-	inodes := make(map[uint64]bool, len(unowned))
-	for inode := range unowned {
-		inodes[inode] = true
+// findOwners names the processes that hold these sockets.
+func findOwners(sockets []events.Socket) {
+	inodes := make(map[uint64]bool, len(sockets))
+	for i := range sockets {
+		inodes[sockets[i].Inode] = true
 	}
-	for inode, process := range probe.Owners(inodes) {
-		w.tracker.SetProcess(unowned[inode], process)
+	owners := probe.Owners(inodes)
+	for i := range sockets {
+		sockets[i].Process = owners[sockets[i].Inode]
 	}
 }
 

@@ -83,6 +83,16 @@ func (c *conn) closing() bool { return c.stage == events.Held && c.closedBy == e
 // refresh brings a connection up to date with what a snapshot shows of it.
 func (t *Tracker) refresh(i index, s *events.Socket) {
 	c := t.slab.at(i)
+	if s.Process.Known() && !c.process.Known() {
+		c.process = s.Process
+		if c.closedBy == 0 {
+			c.closedBy = events.ByShutdown
+		}
+		t.locate(c)
+		if t.relimit(i, s.Time) {
+			t.notify(Recovered, c, s.Time)
+		}
+	}
 	if s.Time <= c.alive {
 		return // Read before the last event.
 	}

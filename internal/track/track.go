@@ -125,15 +125,6 @@ func (t *Tracker) Get(cookie uint64, now events.Time) (Conn, bool) {
 	return t.view(t.slab.at(i), now), true
 }
 
-// SetProcess names the process of a connection whose process is not known.
-func (t *Tracker) SetProcess(cookie uint64, p events.Process) {
-	if i, ok := t.table[cookie]; ok && !t.slab.at(i).process.Known() {
-		t.slab.at(i).process = p
-		t.locate(t.slab.at(i))
-		t.arm(i)
-	}
-}
-
 // SetRules replaces the rules, as of now. The notices are valid until the next
 // call of a method that returns some.
 func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
