@@ -129,7 +129,7 @@ func TestListAgreesWithSS(t *testing.T) {
 		}
 		began := time.Now()
 		before := ssFinWait2(t, spaces)
-		filter := &track.Filter{Netns: []uint32{spaces[0].Inode, spaces[1].Inode}}
+		filter := &track.Filter{Match: limits.Match{Netns: []uint32{spaces[0].Inode, spaces[1].Inode}}}
 		conns, _, err := listConnections(t.Context(), env{stderr: t.Output()}, limits.Rules{}, &haproxies{}, filter)
 		if err != nil {
 			t.Fatal(err)

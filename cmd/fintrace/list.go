@@ -92,7 +92,7 @@ func listConnections(ctx context.Context, e env, rules limits.Rules, haproxies *
 	now := probe.Now()
 	w.advance(now)
 	w.tracker.All(now, func(c track.Conn) {
-		if filter.Match(&c) {
+		if filter.Selects(&c) {
 			conns = append(conns, c)
 		}
 	})

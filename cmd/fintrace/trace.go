@@ -152,7 +152,7 @@ func (t *tracing) seeding(n *track.Notice) {
 func (t *tracing) selected(c *track.Conn) bool {
 	all := *t.filter
 	all.MinDuration = 0
-	return all.Match(c)
+	return all.Selects(c)
 }
 
 func (t *tracing) notice(n *track.Notice) {
@@ -301,7 +301,7 @@ func (t *tracing) minisockEnd(n *track.Notice) {
 
 func (t *tracing) state(at events.Time, cookie uint64, netns uint32, flow events.Flow, from, to string, spent time.Duration, p events.Process) {
 	as := track.Conn{Netns: netns, Flow: flow, Process: p, Duration: max(spent, 0), Side: t.filter.Side, Stage: t.filter.Stage}
-	if !t.filter.Match(&as) {
+	if !t.filter.Selects(&as) {
 		return
 	}
 	if !t.asJSON {

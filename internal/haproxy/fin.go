@@ -36,6 +36,9 @@ type FinTimeout struct {
 // Explicit says whether it is the timeout that is meant for half-closed connections.
 func (f FinTimeout) Explicit() bool { return strings.HasSuffix(f.Name, "-fin") }
 
+// Setting names the setting that it comes from, without its value.
+func (f FinTimeout) Setting() string { return "haproxy timeout " + f.Name }
+
 // String is its source in words: "haproxy.cfg:9 defaults timeout client 1h (client-fin unset)".
 func (f FinTimeout) String() string {
 	if !f.By.IsSet() {

@@ -68,6 +68,24 @@ func (p *Place) Has(name string) bool {
 // Certain says whether it is known which proxy it is.
 func (p *Place) Certain() bool { return len(p.Proxies) == 1 }
 
+// Maxconn is how many connections its frontend takes at a time, as HAProxy says,
+// else as the configuration does; 0 is not known, or that of the process.
+func (p *Place) Maxconn() int {
+	if p.Side != ClientSide || !p.Certain() {
+		return 0
+	}
+	proxy := p.Proxies[0]
+	for i := range p.Process.Stats {
+		if row := &p.Process.Stats[i]; row.Proxy == proxy.Name && row.Server == "FRONTEND" && row.Slim > 0 {
+			return row.Slim
+		}
+	}
+	if proxy.Maxconn.Undecided || p.Process.Changed {
+		return 0
+	}
+	return proxy.Maxconn.Value
+}
+
 // A View answers which proxy a connection belongs to. It is not safe for
 // concurrent use.
 type View struct {

@@ -17,8 +17,20 @@ import (
 // waits, and what is taken off a fin timeout that is longer.
 const TimeWaitLen = 60 * time.Second
 
+// Rule is a limit of the user's own.
+type Rule struct {
+	Name string
+	// Match selects the connections. Where it names no stage, only held ones:
+	// how long the others may stay, the kernel sees to.
+	Match      Match
+	FinTimeout time.Duration
+}
+
 // Rules are what limits depend on beside the connection itself.
 type Rules struct {
+	// User are the user's rules: the first that selects a connection has its limit.
+	User  []Rule
+	Names Names // for User
 	// Held is the user's own limit for held connections, which the kernel does
 	// not limit; 0 leaves it to HAProxy's timeouts and tcp_fin_timeout.
 	Held time.Duration
@@ -37,6 +49,7 @@ type Limit struct {
 	source source
 	value  time.Duration  // of the setting that source names
 	place  *haproxy.Place // of a held connection of HAProxy, else nil
+	rule   *Rule          // of fromRule
 }
 
 type source uint8
@@ -52,7 +65,32 @@ const (
 	fromOption
 	fromTimer
 	fromHAProxy
+	fromRule
 )
+
+// Kind names the setting that limits, without its value. There are no more kinds
+// than there are settings: one for each rule, and some ten others.
+func (l Limit) Kind() string {
+	switch l.source {
+	case fromLinger2, fromLinger2Above60, fromNegativeLinger2:
+		return "TCP_LINGER2"
+	case fromRTO, fromRTOAbove60:
+		return "RTO"
+	case fromOption:
+		return "--limit"
+	case fromTimer:
+		return "timewait timer"
+	case fromHAProxy:
+		return l.place.Timeout.Setting()
+	case fromRule:
+		return l.rule.Name
+	}
+	return "tcp_fin_timeout"
+}
+
+// User says whether it is a limit of the user's own, which no timer of the
+// kernel's is behind.
+func (l Limit) User() bool { return l.source == fromRule || l.source == fromOption }
 
 // Source says in words whose limit it is.
 func (l Limit) Source() string {
@@ -79,6 +117,8 @@ func (l Limit) Source() string {
 		return "timewait timer " + human(l.value)
 	case fromHAProxy:
 		return l.place.Source()
+	case fromRule:
+		return fmt.Sprintf("rule %q %s", l.rule.Name, human(l.value))
 	}
 	if l.place != nil {
 		return l.place.Source() + "; " + finTimeout + " " + human(l.value)
@@ -117,15 +157,32 @@ func (r Rules) Place(netns uint32, f events.Flow, side events.Side, pid uint32) 
 	return r.HAProxy.Find(s)
 }
 
-// For is the limit of a connection in a stage, of the place that Place found.
+// Choose is the number, for For, of the first of the user's rules that selects a
+// connection; 0 if none does.
+func (r *Rules) Choose(s *Subject) uint16 {
+	for i := range r.User {
+		m := &r.User[i].Match
+		if (m.Stage != 0 || s.Stage == events.Held) && m.Selects(s, r.Names) {
+			return uint16(i + 1)
+		}
+	}
+	return 0
+}
+
+// For is the limit of a connection in a stage, of the place that Place found,
+// and of the rule that Choose did.
 //
 // A held one of HAProxy has until client-fin or server-fin ends it. Where those
 // are unset, what ends it instead is its limit too if it is no longer than
 // tcp_fin_timeout; a longer one is the very problem, and tcp_fin_timeout stays
 // the yardstick, as it is for what is not HAProxy's.
-func (r Rules) For(stage events.Stage, t events.Timers, place uint32) Limit {
+func (r *Rules) For(stage events.Stage, t events.Timers, place uint32, rule uint16) Limit {
+	if rule != 0 {
+		rule := &r.User[rule-1]
+		return Limit{Duration: rule.FinTimeout, source: fromRule, value: rule.FinTimeout, rule: rule}
+	}
 	if stage != events.Held {
-		return closed(t)
+		return Closed(t)
 	}
 	if r.Held > 0 {
 		return Limit{Duration: r.Held, source: fromOption, value: r.Held}
@@ -157,7 +214,7 @@ func (l Limit) WithPlace(stands func(*haproxy.Place) *haproxy.Place) Limit {
 	return l
 }
 
-// closed is the kernel's own deadline for a closed connection whose peer stays
+// Closed is the kernel's own deadline for a closed connection whose peer stays
 // silent, from the close on.
 //
 // tcp_rcv_state_process(), net/ipv4/tcp_input.c, and tcp_close() alike, where
@@ -169,7 +226,7 @@ func (l Limit) WithPlace(stands func(*haproxy.Place) *haproxy.Place) Limit {
 //
 // and when that fires tcp_keepalive_timer() calls
 // tcp_time_wait(sk, TCP_FIN_WAIT2, tmo - TCP_TIMEWAIT_LEN).
-func closed(t events.Timers) Limit {
+func Closed(t events.Timers) Limit {
 	if t.Linger2 < 0 {
 		return Limit{source: fromNegativeLinger2}
 	}

@@ -54,7 +54,7 @@ func TestClosed(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			for _, stage := range []events.Stage{events.Orphaned, events.Minisock} {
 				for _, rules := range []Rules{{}, {Held: time.Second}} {
-					l := rules.For(stage, test.timers, 0)
+					l := rules.For(stage, test.timers, 0, 0)
 					if l.Duration != test.want || l.Source() != test.source {
 						t.Errorf("%v with %+v: %v, %q; want %v, %q", stage, rules, l.Duration, l.Source(), test.want, test.source)
 					}
@@ -87,7 +87,7 @@ func TestHeld(t *testing.T) {
 		{"option, hours", Rules{Held: time.Hour}, timers(60*time.Second, 0), time.Hour, "--limit 1h0m0s"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			l := test.rules.For(events.Held, test.timers, 0)
+			l := test.rules.For(events.Held, test.timers, 0, 0)
 			if l.Duration != test.want || l.Source() != test.source || l.Slack != 0 {
 				t.Errorf("%v, slack %v, %q; want %v, no slack, %q", l.Duration, l.Slack, l.Source(), test.want, test.source)
 			}
@@ -164,15 +164,15 @@ server web 192.0.2.1:8080
 			}
 			place := rules.Place(1, flow, events.Inbound, 7)
 			timers := events.Timers{FinTimeout: time.Minute}
-			l := rules.For(events.Held, timers, place)
+			l := rules.For(events.Held, timers, place, 0)
 			if l.Duration != test.want || l.Source() != test.source || l.String() != test.text {
 				t.Errorf("%v by %q, %q", l.Duration, l.Source(), &l)
 			}
-			if closed := rules.For(events.Minisock, timers, place); closed.Duration != time.Minute || closed.Source() != "net.ipv4.tcp_fin_timeout 60s" {
+			if closed := rules.For(events.Minisock, timers, place, 0); closed.Duration != time.Minute || closed.Source() != "net.ipv4.tcp_fin_timeout 60s" {
 				t.Errorf("of a minisock: %v by %s", closed.Duration, closed.Source())
 			}
 			rules.Held = 9 * time.Second
-			if own := rules.For(events.Held, timers, place); own.Source() != "--limit 9s" {
+			if own := rules.For(events.Held, timers, place, 0); own.Source() != "--limit 9s" {
 				t.Errorf("with a limit of one's own: %s", own.Source())
 			}
 			if rules.Place(1, flow, events.Outbound, 7) != 0 || rules.Place(1, flow, events.Inbound, 8) != 0 {

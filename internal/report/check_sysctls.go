@@ -85,7 +85,7 @@ func (in *Checked) finTimeout(s *space) []Finding {
 		return nil
 	}
 	value := time.Duration(seconds) * time.Second
-	life := span(limits.Rules{}.For(events.Minisock, events.Timers{FinTimeout: value}, 0).Duration)
+	life := span(limits.Closed(events.Timers{FinTimeout: value}).Duration)
 	half := span(value - limits.TimeWaitLen)
 	const held = "Connections that HAProxy holds are not touched by it: their timers are its own."
 	f := Finding{Where: []Location{in.place(s, events.SysctlFinTimeout)},

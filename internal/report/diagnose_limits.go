@@ -117,17 +117,11 @@ func (d *diagnoser) slotsOf(s *spot) (all []*slots) {
 		global, known := (&checker{process: p, config: p.Config}).maxconnGlobal()
 		if s.side == events.Inbound && s.place.Certain() {
 			l := &slots{what: placeName(s.place), process: p, proxy: s.place.Proxies[0], held: h.all, past: h.past, taken: h.all}
-			if n := l.proxy.Maxconn; !n.Undecided && !p.Changed {
-				l.limit = n.Value
-			}
+			in := *s.place
+			in.Process = p
+			l.limit = in.Maxconn()
 			for _, row := range p.Stats {
-				if row.Proxy != l.proxy.Name || row.Server != "FRONTEND" {
-					continue
-				}
-				if row.Slim > 0 {
-					l.limit = row.Slim
-				}
-				if row.Scur >= 0 {
+				if row.Proxy == l.proxy.Name && row.Server == "FRONTEND" && row.Scur >= 0 {
 					l.taken, l.known = max(row.Scur, h.all), true // HAProxy was asked a little before.
 				}
 			}

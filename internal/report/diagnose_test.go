@@ -119,7 +119,7 @@ func (s *scene) conns(c a) (all []track.Conn) {
 		if place != 0 {
 			conn.Place = s.rules.HAProxy.Place(place)
 		}
-		conn.Limit = s.rules.For(conn.Stage, t, place)
+		conn.Limit = s.rules.For(conn.Stage, t, place, 0)
 		conn.Overdue = conn.Duration >= conn.Limit.Duration+conn.Limit.Slack+track.Grace
 		all = append(all, conn)
 	}

@@ -151,7 +151,7 @@ func flow(local, remote string) events.Flow {
 
 var timers = events.Timers{FinTimeout: 60 * time.Second, RTO: 200 * time.Millisecond}
 
-func limit(stage events.Stage) limits.Limit { return limits.Rules{}.For(stage, timers, 0) }
+func limit(stage events.Stage) limits.Limit { return new(limits.Rules).For(stage, timers, 0, 0) }
 
 // conns are one of each sort.
 func conns() []track.Conn {

@@ -35,6 +35,7 @@ type conn struct {
 	level, slot uint8
 	timed       bool
 
+	rule     uint16 // of the user's, by number
 	stage    events.Stage
 	side     events.Side
 	closedBy events.ClosedBy
@@ -62,7 +63,7 @@ func (c *conn) limit(rules *limits.Rules) limits.Limit {
 	if c.oddTimer {
 		return limits.FromTimer(c.deadline.Sub(c.closed))
 	}
-	return rules.For(c.stage, c.timers(), c.place)
+	return rules.For(c.stage, c.timers(), c.place, c.rule)
 }
 
 // limitFrom is when the limit began to run.

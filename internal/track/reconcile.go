@@ -196,7 +196,7 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 		c.closed = s.Time
 		return
 	}
-	limit := t.rules.For(c.stage, timers, c.place).Duration
+	limit := limits.Closed(timers).Duration
 	miniLife := limits.FinTime(timers)
 	above60 := miniLife > limits.TimeWaitLen
 	if above60 {

@@ -37,3 +37,13 @@ func (s *slab) give(i index) {
 	*c = conn{next: s.free}
 	s.free = i
 }
+
+// each calls fn for each connection. Those that were given back are zeroed, and
+// a connection has a stage.
+func (s *slab) each(fn func(*conn)) {
+	for i := index(1); i <= s.made; i++ {
+		if c := s.at(i); c.stage != 0 {
+			fn(c)
+		}
+	}
+}

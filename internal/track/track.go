@@ -148,6 +148,20 @@ func (t *Tracker) locate(c *conn) {
 		// the same proxies, most often.
 		c.place = t.rules.Place(c.netns, c.flow, c.side, 0)
 	}
+	t.choose(c)
+}
+
+// choose finds out which of the user's rules is for c.
+func (t *Tracker) choose(c *conn) {
+	if len(t.rules.User) == 0 {
+		c.rule = 0
+		return
+	}
+	s := limits.Subject{Netns: c.netns, Flow: &c.flow, Side: c.side, Stage: c.stage, Process: &c.process}
+	if c.place != 0 {
+		s.Place = t.rules.HAProxy.Place(c.place)
+	}
+	c.rule = t.rules.Choose(&s)
 }
 
 // All calls fn for each connection, in no order, as of now.
@@ -155,6 +169,17 @@ func (t *Tracker) All(now events.Time, fn func(Conn)) {
 	for _, i := range t.table {
 		fn(t.view(t.slab.at(i), now))
 	}
+}
+
+// Overdue calls fn for each connection that is past its limit, in no order, as
+// of now.
+func (t *Tracker) Overdue(now events.Time, fn func(*Conn)) {
+	t.slab.each(func(c *conn) {
+		if c.overdue {
+			v := t.view(c, now)
+			fn(&v)
+		}
+	})
 }
 
 // Advance makes the time now. A full socket is overdue if look, asked for a
@@ -393,7 +418,7 @@ func (t *Tracker) orphan(c *conn, ev *events.Event) {
 	t.setStage(c, events.Orphaned)
 	c.closedBy = events.ByClose
 	c.closed = ev.Time
-	c.deadline = ev.Time.Add(t.rules.For(events.Orphaned, ev.Timers, c.place).Duration)
+	c.deadline = ev.Time.Add(limits.Closed(ev.Timers).Duration)
 }
 
 // arm sets the one timer of a connection.
@@ -401,7 +426,7 @@ func (t *Tracker) arm(i index) {
 	c := t.slab.at(i)
 	t.wheel.remove(&t.slab, i)
 	l := c.limit(&t.rules)
-	if c.stage == events.Minisock && !c.overdue {
+	if c.stage == events.Minisock && !c.overdue && !l.User() {
 		// Timers rarely use all of their slack: look once before, then when
 		// it is overdue.
 		check := c.deadline.Add(l.Slack / 2)
@@ -419,7 +444,7 @@ func (t *Tracker) arm(i index) {
 // overdueFrom is when c is past its limit, the timer's slack and the grace.
 func (c *conn) overdueFrom(l limits.Limit) events.Time {
 	from := c.limitFrom().Add(l.Duration)
-	if c.stage == events.Minisock {
+	if c.stage == events.Minisock && !l.User() {
 		from = c.deadline
 	}
 	return from.Add(l.Slack + Grace)
@@ -479,6 +504,7 @@ func (t *Tracker) setStage(c *conn, stage events.Stage) {
 	}
 	c.stage = stage
 	t.stages[stage]++
+	t.choose(c)
 }
 
 func (t *Tracker) notify(kind Kind, c *conn, at events.Time) {
