@@ -182,30 +182,48 @@ func limitFlag(cmd *cobra.Command, held *time.Duration) {
 	durationFlag(cmd, held, "limit", 0, "how long a held connection may stay (default: tcp_fin_timeout of its namespace)")
 }
 
+// hostNames knows what the kernel has numbers for by name.
+type hostNames struct {
+	wall    probe.WallClock
+	netns   map[uint32]string
+	cgroups map[uint64]string
+}
+
 // cgroupsKept bounds the paths that are remembered.
 const cgroupsKept = 10_000
 
-// names looks up what the kernel has numbers for; namespaces that come later
-// than this call go unnamed.
-func names() *report.Names {
+func newHostNames() *hostNames {
+	h := &hostNames{cgroups: map[uint64]string{}}
+	h.refresh()
+	return h
+}
+
+// names looks them up; namespaces that come later than this call go unnamed.
+func names() *report.Names { return newHostNames().names() }
+
+// refresh looks up the network namespaces anew.
+func (h *hostNames) refresh() {
 	netns, err := probe.NamespaceNames()
 	if err != nil {
 		netns = nil // Names are a courtesy.
 	}
-	cgroups := map[uint64]string{}
-	return &report.Names{
-		Wall: new(probe.WallClock).Time,
-		Cgroup: func(id uint64) string {
-			path, known := cgroups[id]
-			if !known {
-				if len(cgroups) >= cgroupsKept {
-					clear(cgroups)
-				}
-				path = probe.CgroupPath(id)
-				cgroups[id] = path
-			}
-			return path
-		},
-		Netns: func(inode uint32) string { return netns[inode] },
+	h.netns = netns
+}
+
+func (h *hostNames) netnsName(inode uint32) string { return h.netns[inode] }
+
+func (h *hostNames) cgroupPath(id uint64) string {
+	path, known := h.cgroups[id]
+	if !known {
+		if len(h.cgroups) >= cgroupsKept {
+			clear(h.cgroups)
+		}
+		path = probe.CgroupPath(id)
+		h.cgroups[id] = path
 	}
+	return path
+}
+
+func (h *hostNames) names() *report.Names {
+	return &report.Names{Wall: h.wall.Time, Cgroup: h.cgroupPath, Netns: h.netnsName}
 }

@@ -45,6 +45,17 @@ type haproxies struct {
 	stamp   string             // of the configuration files, by the last check
 }
 
+// use looks elsewhere from now on.
+func (h *haproxies) use(paths []string, socket string) {
+	if slices.Equal(paths, h.options.Paths) && socket == h.options.Socket {
+		return
+	}
+	// What the files of before said counts no longer, nor what a look that goes
+	// on finds in them.
+	h.options = haproxy.DiscoverOptions{Paths: paths, Socket: socket}
+	h.running, h.missing = nil, true
+}
+
 // look looks for them now.
 func (h *haproxies) look(ctx context.Context) {
 	h.began = probe.Now()

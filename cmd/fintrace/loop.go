@@ -40,7 +40,8 @@ type watch struct {
 	warn    func(error) // of what could not be looked at
 	// turn is called when the table is up to date; it says when it wants to be
 	// called again if nothing happens. May be nil.
-	turn func(now events.Time) (again events.Time)
+	turn   func(now events.Time) (again events.Time)
+	looked func(took time.Duration, at time.Time) // after each snapshot; may be nil
 	// asked has what others want done between the loop's own steps; may be nil.
 	asked <-chan func()
 
@@ -254,6 +255,9 @@ func (w *watch) reconcile() error {
 	}))
 	w.cost = processorTime() - spent
 	w.began, w.ended, w.losses, w.covered = began, probe.Now(), losses, cov.Netns
+	if w.looked != nil {
+		w.looked(w.ended.Sub(began), time.Now())
+	}
 	return nil
 }
 
