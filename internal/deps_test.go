@@ -43,6 +43,11 @@ var rooms = map[string]room{
 			"github.com/prometheus/common/config", "github.com/cenkalti/backoff/v5", "github.com/coreos/go-systemd"},
 		why: "it decides from what the table shows, and delivers; " + kernelOnly,
 	},
+	"internal/metrics": {
+		may: []string{module + "internal/alert", module + "internal/events", module + "internal/haproxy", module + "internal/limits", module + "internal/track",
+			"github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync"},
+		why: "it counts and shows what it is given; " + kernelOnly,
+	},
 	"internal/probe": {
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},
 		why: "it reports facts, and decides nothing about them",
