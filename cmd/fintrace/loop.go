@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"math"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +38,12 @@ type watch struct {
 	onEvent func(*events.Event) // each record, after the tracker has had it; may be nil
 	notify  func(*track.Notice)
 	warn    func(error) // of what could not be looked at
+	// turn is called when the table is up to date; it says when it wants to be
+	// called again if nothing happens. May be nil.
+	turn   func(now events.Time) (again events.Time)
+	looked func(took time.Duration, at time.Time) // after each snapshot; may be nil
+	// asked has what others want done between the loop's own steps; may be nil.
+	asked <-chan func()
 
 	rules     limits.Rules
 	haproxies *haproxies
@@ -72,12 +79,16 @@ func (w *watch) run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var drainAt events.Time // 0: no record is waiting
+	again := events.Time(math.MaxInt64)
 	for {
 		now := probe.Now()
-		timer.Reset(max(w.nextWake(drainAt).Sub(now), 0))
+		timer.Reset(max(min(w.nextWake(drainAt), again).Sub(now), 0))
 		select {
 		case <-ctx.Done():
 			return w.finish()
+		case do := <-w.asked:
+			do()
+			continue
 		case <-w.probe.Ready():
 			if drainAt == 0 {
 				drainAt = probe.Now().Add(batchDelay)
@@ -108,6 +119,9 @@ func (w *watch) run(ctx context.Context) error {
 		}
 		w.advance(now)
 		w.haproxies.refresh(ctx, now)
+		if w.turn != nil {
+			again = w.turn(probe.Now())
+		}
 	}
 }
 
@@ -241,6 +255,9 @@ func (w *watch) reconcile() error {
 	}))
 	w.cost = processorTime() - spent
 	w.began, w.ended, w.losses, w.covered = began, probe.Now(), losses, cov.Netns
+	if w.looked != nil {
+		w.looked(w.ended.Sub(began), time.Now())
+	}
 	return nil
 }
 
