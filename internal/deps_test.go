@@ -48,6 +48,13 @@ var rooms = map[string]room{
 			"github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync"},
 		why: "it counts and shows what it is given; " + kernelOnly,
 	},
+	"internal/config": {
+		may: []string{
+			module + "internal/alert", module + "internal/events", module + "internal/haproxy", module + "internal/limits",
+			"github.com/goccy/go-yaml", "github.com/prometheus/common/config",
+		},
+		why: "it turns the file into settings, and does nothing with them",
+	},
 	"internal/probe": {
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},
 		why: "it reports facts, and decides nothing about them",

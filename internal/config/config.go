@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package config turns the daemon's YAML file into settings, or says what is
+// wrong with it: where, and how to mend it. It does nothing with the settings.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"syscall"
+	"time"
+
+	promconfig "github.com/prometheus/common/config"
+
+	"github.com/fintrace/fintrace/internal/limits"
+)
+
+// Config is what the daemon does. What holds for a key that the file does not
+// have is said by Default.
+type Config struct {
+	HAProxy HAProxy
+	// Limits are the user's own rules: the first that selects a connection has it.
+	Limits []limits.Rule
+	Alerts Alerts
+	Sinks  Sinks
+	Web    Web
+	Log    Log
+	// ShutdownTimeout bounds the delivery of what is under way at the end.
+	ShutdownTimeout time.Duration
+
+	name  string // of the file; "" without one
+	lines []int  // of each of Limits, in the file
+}
+
+// HAProxy says where it is; what is empty is found by the processes that run.
+type HAProxy struct {
+	Config []string // files or directories
+	Socket string   // path of the runtime socket
+}
+
+// Settings say which connections past their limit make an alert, and how often
+// it is spoken of.
+type Settings struct {
+	MinConnections int     // of a group, for an alert
+	MaxconnShare   float64 // of a frontend's maxconn, above 0 and up to 1, which is enough too
+	PeersPerGroup  int     // that have an alert of their own; the rest have one together
+	ResolveAfter   time.Duration
+	UpdateEvery    time.Duration // at most
+	RepeatEvery    time.Duration
+}
+
+// Alerts are the settings of alerts, and where those that fire are remembered.
+type Alerts struct {
+	Settings
+	StateFile string // "": a restart forgets them
+}
+
+// Sinks are where alerts go.
+type Sinks struct {
+	Log           bool
+	Webhooks      []Webhook
+	Alertmanagers []Alertmanager
+}
+
+// Webhook is a URL that alerts are posted to as JSON.
+type Webhook struct {
+	Name    string
+	URL     string // one of these two
+	URLFile string
+	Headers map[string]string
+	HTTP    promconfig.HTTPClientConfig
+	Timeout time.Duration // of one attempt
+}
+
+// Alertmanager is a cluster of Alertmanagers: each of them gets each alert.
+type Alertmanager struct {
+	Name        string
+	URLs        []string // without /api/v2/alerts
+	HTTP        promconfig.HTTPClientConfig
+	ResendEvery time.Duration
+	Labels      map[string]string // added to each alert
+	Timeout     time.Duration     // of one attempt
+}
+
+// Web is the listener for metrics, the page, the API and health.
+type Web struct {
+	Listen      []string // host:port; none: no listener
+	ConfigFile  string   // of exporter-toolkit: TLS, basic auth; "" has neither
+	ExternalURL string   // by which others reach it; "" unknown
+}
+
+// Log is how the daemon logs.
+type Log struct {
+	Level  slog.Level
+	Format string // one of Formats
+}
+
+// Formats are how the log can be written. Auto is journald's where that reads
+// it, else text.
+var Formats = []string{"auto", "text", "json", "journald", "syslog"}
+
+// Default is what holds without a file, which is right for a host with HAProxy.
+func Default() *Config {
+	return &Config{
+		Alerts: Alerts{
+			Settings: Settings{
+				MinConnections: 10,
+				MaxconnShare:   0.1,
+				PeersPerGroup:  10,
+				ResolveAfter:   2 * time.Minute,
+				UpdateEvery:    time.Minute,
+				RepeatEvery:    4 * time.Hour,
+			},
+			StateFile: "/var/lib/fintrace/alerts.json",
+		},
+		Sinks: Sinks{Log: true},
+		// Exporters have all of 9100 to 9999 by now.
+		Web:             Web{Listen: []string{"127.0.0.1:19818"}},
+		Log:             Log{Level: slog.LevelInfo, Format: "auto"},
+		ShutdownTimeout: 5 * time.Second,
+	}
+}
+
+func defaultWebhook() Webhook { return Webhook{HTTP: defaultHTTP(), Timeout: 10 * time.Second} }
+
+func defaultAlertmanager() Alertmanager {
+	return Alertmanager{HTTP: defaultHTTP(), ResendEvery: time.Minute, Timeout: 10 * time.Second}
+}
+
+// defaultHTTP does not follow redirects: they would lead what is secret elsewhere.
+func defaultHTTP() promconfig.HTTPClientConfig {
+	return promconfig.HTTPClientConfig{EnableHTTP2: true}
+}
+
+// maxSize bounds the file, in bytes: a file of settings is not longer, what is
+// longer is another file.
+const maxSize = 1 << 20
+
+// Load reads a file, and checks that the files which it names for secrets and
+// certificates are there and hold some. The errors are as of Parse.
+func Load(path string) (*Config, error) {
+	text, err := readFile(path, maxSize)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return parse(path, text, true)
+}
+
+// Parse reads the text of a file of that name. It does not look at other files.
+// An error has a line for each thing that is wrong, in the order of the file:
+// name:line:column, the key, and how to mend it.
+func Parse(name string, text []byte) (*Config, error) { return parse(name, text, false) }
+
+// readFile reads a regular file of at most so many bytes. Its errors do not
+// name it.
+func readFile(path string, most int64) ([]byte, error) {
+	// O_NONBLOCK: a FIFO that nobody writes to would not be opened.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, cause(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, cause(err)
+	case info.IsDir():
+		return nil, errors.New("is a directory; a file was expected")
+	case !info.Mode().IsRegular():
+		return nil, errors.New("is no regular file")
+	}
+	text, err := io.ReadAll(io.LimitReader(f, most+1))
+	switch {
+	case err != nil:
+		return nil, cause(err)
+	case int64(len(text)) > most:
+		return nil, fmt.Errorf("is larger than %d KiB", most>>10)
+	}
+	return text, nil
+}
+
+// cause is the error without the path.
+func cause(err error) error {
+	if pathError := (*fs.PathError)(nil); errors.As(err, &pathError) {
+		return pathError.Err
+	}
+	return err
+}
