@@ -57,7 +57,7 @@ func write(ctx context.Context, handler slog.Handler, a *Alert) error {
 	} else {
 		r.AddAttrs(
 			slog.Int("peak", a.Peak),
-			slog.Duration("duration", a.EndsAt.Sub(a.StartsAt)),
+			slog.Float64("duration_seconds", a.EndsAt.Sub(a.StartsAt).Seconds()),
 		)
 	}
 	r.AddAttrs(

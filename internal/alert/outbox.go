@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+
+	"github.com/fintrace/fintrace/internal/report"
 )
 
 const (
@@ -501,24 +503,21 @@ func (w *worker) settle(ctx context.Context, d *delivery, err error) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	wait := w.retry.NextBackOff()
-	var (
-		permanent *backoff.PermanentError
-		later     *retryLater
-	)
-	switch {
-	case !errors.As(err, &permanent):
+	var permanent *backoff.PermanentError
+	if !errors.As(err, &permanent) {
 		w.queue.done(false, now)
-		if errors.As(err, &later) {
-			wait = max(wait, min(later.after, maxRetryAfter))
-		}
-	case len(d.alerts) > 1:
-		// One of them, or their sum, is the reason: the others need not suffer.
+	} else if n := len(d.alerts); n > 1 {
+		// One of them, or their sum, is the reason: the others need not suffer,
+		// nor wait.
 		w.queue.done(false, now)
-		w.batch = len(d.alerts) / 2
-		wait = 0
-	default:
+		w.batch = n / 2
+		return
+	} else {
 		w.stats.Shed += uint64(w.queue.drop())
+	}
+	wait := w.retry.NextBackOff()
+	if later := (*retryLater)(nil); errors.As(err, &later) {
+		wait = max(wait, min(later.after, maxRetryAfter))
 	}
 	w.notBefore = now.Add(wait)
 }
@@ -541,7 +540,7 @@ func (w *worker) succeed(d *delivery, now time.Time) {
 	w.mu.Unlock()
 	// Outside of the lock: the log may be slow, and Send must not wait for it.
 	if !since.IsZero() {
-		w.log.Info("alerts are delivered again", "after", now.Sub(since).Round(time.Millisecond), "failed_attempts", failed)
+		w.log.Info("alerts are delivered again", "after", report.Duration(now.Sub(since)), "failed_attempts", failed)
 	}
 	if shed > 0 {
 		w.log.Warn("alerts were given up: there were too many for the queue", "alerts", shed)
