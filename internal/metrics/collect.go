@@ -40,7 +40,7 @@ var (
 		"Time in FIN_WAIT2 of the oldest connection, at least; 0 while there is none.",
 		"stage", "side", "proxy", "port")
 	overdue = gauge("overdue_connections",
-		"Connections past their limit, by the setting that limits them. What has been seen once stays, as 0 while there is none.",
+		"Connections past their limit, by the setting that limits them. What has been seen once stays, as 0 while there is none; what comes after the first 1000 is counted as port \"other\".",
 		"stage", "side", "proxy", "port", "limit")
 	entered = counter("fin_wait2_entered_total",
 		"Connections that entered FIN_WAIT2 or were found in it, but for those that left at once (see instants).")
@@ -171,7 +171,7 @@ func (c *collection) table() {
 func (c *collection) places() {
 	// In this order: whoever gathers too late for its scrape may still add some,
 	// and what is numbered last names the others.
-	excesses, kinds, places := c.known.excesses.all(), c.known.kinds.all(), c.known.places.all()
+	over, kinds, places := c.known.excesses.all(), c.known.kinds.all(), c.known.places.all()
 	port := func(p place) string {
 		if p.port == 0 {
 			return other
@@ -189,7 +189,7 @@ func (c *collection) places() {
 			c.put(oldest, now[stage].oldest.Seconds(), labels...)
 		}
 	}
-	for i, e := range excesses {
+	for i, e := range over {
 		n := 0
 		if i < len(c.overdue) {
 			n = c.overdue[i]

@@ -25,6 +25,9 @@ const (
 	otherPlaces = 50
 	// limitKinds is some ten that there are, and the user's rules.
 	limitKinds = 32
+	// excesses is how many series of overdue connections there are, but for those
+	// of other places: with all places taken, three for each.
+	excesses = 1000
 	// configurations is how many HAProxies one host may have, and one more.
 	configurations = 20
 	// frontends is how many there are of all configurations.
@@ -87,6 +90,16 @@ func (k *known) place(p place) int {
 	}
 	k.taken[share]++
 	return k.places.number(p)
+}
+
+func (k *known) excess(e excess) int {
+	if n, ok := k.excesses.of[e]; ok {
+		return n
+	}
+	if len(k.excesses.of) >= excesses {
+		e.place = k.places.number(place{side: k.places.all()[e.place].side})
+	}
+	return k.excesses.number(e)
 }
 
 func (k *known) kind(name string) int {

@@ -109,7 +109,7 @@ func (s *State) Add(c *track.Conn) {
 	if !c.Overdue {
 		return
 	}
-	n := s.known.excesses.number(excess{place: l.number, stage: c.Stage, kind: s.kind(c.Limit)})
+	n := s.known.excess(excess{place: l.number, stage: c.Stage, kind: s.kind(c.Limit)})
 	for n >= len(s.overdue) {
 		s.overdue = append(s.overdue, 0)
 	}
