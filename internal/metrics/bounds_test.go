@@ -117,24 +117,30 @@ func TestPlacesAreBounded(t *testing.T) {
 		k, numbered := newKnown(), map[place]int{}
 		for range rapid.IntRange(0, 3*proxiedPlaces).Draw(t, "connections") {
 			p := place{
-				side:  rapid.SampledFrom([]events.Side{events.Inbound, events.Outbound}).Draw(t, "side"),
+				port: port{
+					side:   rapid.Uint16Range(uint16(events.Inbound), uint16(events.Outbound)).Draw(t, "side"),
+					number: rapid.Uint16Range(1, 200).Draw(t, "port"),
+				},
 				proxy: rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "proxy"),
-				port:  rapid.Uint16Range(1, 200).Draw(t, "port"),
 			}
-			n := k.place(p)
+			n := k.place(p.proxy, p.port)
 			if before, seen := numbered[p]; seen && before != n {
 				t.Fatalf("%v is number %d, and was %d", p, n, before)
 			}
 			numbered[p] = n
 			switch got := k.places.all()[n]; {
 			case got == p:
-			case got != place{side: p.side}:
+			case got != place{port: port{side: p.side}}:
 				t.Fatalf("%v is counted as %v", p, got)
 			}
 		}
+		type share struct {
+			side    uint16
+			proxied bool
+		}
 		counts := map[share]int{}
 		for _, p := range k.places.all() {
-			if p.port != 0 {
+			if p.number != 0 {
 				counts[share{p.side, p.proxy != ""}]++
 			}
 		}

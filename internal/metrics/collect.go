@@ -172,19 +172,13 @@ func (c *collection) places() {
 	// In this order: whoever gathers too late for its scrape may still add some,
 	// and what is numbered last names the others.
 	over, kinds, places := c.known.excesses.all(), c.known.kinds.all(), c.known.places.all()
-	port := func(p place) string {
-		if p.port == 0 {
-			return other
-		}
-		return strconv.Itoa(int(p.port))
-	}
 	for i, p := range places {
 		var now stages
 		if i < len(c.stages) {
 			now = c.stages[i]
 		}
 		for stage := events.Held; stage <= events.Minisock; stage++ {
-			labels := []string{stage.String(), p.side.String(), p.proxy, port(p)}
+			labels := []string{stage.String(), events.Side(p.side).String(), p.proxy, p.port.String()}
 			c.put(connections, float64(now[stage].count), labels...)
 			c.put(oldest, now[stage].oldest.Seconds(), labels...)
 		}
@@ -195,7 +189,7 @@ func (c *collection) places() {
 			n = c.overdue[i]
 		}
 		p := places[e.place]
-		c.put(overdue, float64(n), e.stage.String(), p.side.String(), p.proxy, port(p), kinds[e.kind])
+		c.put(overdue, float64(n), events.Stage(e.stage).String(), events.Side(p.side).String(), p.proxy, p.port.String(), kinds[e.kind])
 	}
 }
 
