@@ -40,7 +40,7 @@ var (
 		"Time in FIN_WAIT2 of the oldest connection, at least; 0 while there is none.",
 		"stage", "side", "proxy", "port")
 	overdue = gauge("overdue_connections",
-		"Connections past their limit, by the setting that limits them. What has been seen once stays, as 0 while there is none.",
+		"Connections past their limit, by the setting that limits them. What has been seen once stays, as 0 while there is none; what comes after the first 1000 is counted as port \"other\".",
 		"stage", "side", "proxy", "port", "limit")
 	entered = counter("fin_wait2_entered_total",
 		"Connections that entered FIN_WAIT2 or were found in it, but for those that left at once (see instants).")
@@ -171,31 +171,25 @@ func (c *collection) table() {
 func (c *collection) places() {
 	// In this order: whoever gathers too late for its scrape may still add some,
 	// and what is numbered last names the others.
-	excesses, kinds, places := c.known.excesses.all(), c.known.kinds.all(), c.known.places.all()
-	port := func(p place) string {
-		if p.port == 0 {
-			return other
-		}
-		return strconv.Itoa(int(p.port))
-	}
+	over, kinds, places := c.known.excesses.all(), c.known.kinds.all(), c.known.places.all()
 	for i, p := range places {
 		var now stages
 		if i < len(c.stages) {
 			now = c.stages[i]
 		}
 		for stage := events.Held; stage <= events.Minisock; stage++ {
-			labels := []string{stage.String(), p.side.String(), p.proxy, port(p)}
+			labels := []string{stage.String(), events.Side(p.side).String(), p.proxy, p.port.String()}
 			c.put(connections, float64(now[stage].count), labels...)
 			c.put(oldest, now[stage].oldest.Seconds(), labels...)
 		}
 	}
-	for i, e := range excesses {
+	for i, e := range over {
 		n := 0
 		if i < len(c.overdue) {
 			n = c.overdue[i]
 		}
 		p := places[e.place]
-		c.put(overdue, float64(n), e.stage.String(), p.side.String(), p.proxy, port(p), kinds[e.kind])
+		c.put(overdue, float64(n), events.Stage(e.stage).String(), events.Side(p.side).String(), p.proxy, p.port.String(), kinds[e.kind])
 	}
 }
 

@@ -3,6 +3,7 @@
 package metrics
 
 import (
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"unicode"
@@ -25,6 +26,9 @@ const (
 	otherPlaces = 50
 	// limitKinds is some ten that there are, and the user's rules.
 	limitKinds = 32
+	// excesses is how many series of overdue connections there are, but for those
+	// of other places: with all places taken, three for each.
+	excesses = 1000
 	// configurations is how many HAProxies one host may have, and one more.
 	configurations = 20
 	// frontends is how many there are of all configurations.
@@ -36,18 +40,32 @@ const (
 // other stands for all that have no series of their own.
 const other = "other"
 
+// port is one on a side: that is listened on, or that we connect to. Like all
+// keys that a connection is looked up by it has no padding, which maps are
+// faster with.
+type port struct {
+	side   uint16 // events.Side
+	number uint16 // 0: other
+}
+
+func (p port) String() string {
+	if p.number == 0 {
+		return other
+	}
+	return strconv.Itoa(int(p.number))
+}
+
 // place is what the connections are told apart by, beside their stage.
 type place struct {
-	side  events.Side
+	port
 	proxy string
-	port  uint16 // 0: other
 }
 
 // excess is what overdue connections are told apart by.
 type excess struct {
-	place int
-	stage events.Stage
-	kind  int // of limit
+	place uint32
+	stage uint16 // events.Stage
+	kind  uint16 // of limit
 }
 
 // known is what has series of its own, since the start. One goroutine adds to
@@ -56,13 +74,14 @@ type known struct {
 	places   numbers[place]
 	kinds    numbers[string]
 	excesses numbers[excess]
-	taken    map[share]int
+	ports    map[string]map[port]int // numbers of places, by proxy
+	sides    [events.Outbound + 1]side
 }
 
-// share is a part of the places.
-type share struct {
-	side    events.Side
-	proxied bool
+// side is what the places of a side have of the bounds.
+type side struct {
+	proxied, plain int
+	others         int // number of the place of all others, from 1; 0: none yet
 }
 
 func newKnown() *known {
@@ -70,26 +89,55 @@ func newKnown() *known {
 		places:   numbers[place]{of: map[place]int{}},
 		kinds:    numbers[string]{of: map[string]int{}},
 		excesses: numbers[excess]{of: map[excess]int{}},
-		taken:    map[share]int{},
+		ports:    map[string]map[port]int{},
 	}
 }
 
-func (k *known) place(p place) int {
-	if n, ok := k.places.of[p]; ok {
+// place is the number of the place that a port of a proxy has or gets, or that
+// of all others.
+func (k *known) place(proxy string, p port) int {
+	if n, ok := k.ports[proxy][p]; ok {
 		return n
 	}
-	share, room := share{p.side, p.proxy != ""}, otherPlaces
-	if share.proxied {
-		room = proxiedPlaces
+	taken, room := &k.sides[p.side].plain, otherPlaces
+	if proxy != "" {
+		taken, room = &k.sides[p.side].proxied, proxiedPlaces
 	}
-	if k.taken[share] >= room {
-		return k.places.number(place{side: p.side})
+	if *taken >= room {
+		return k.others(p.side)
 	}
-	k.taken[share]++
-	return k.places.number(p)
+	*taken++
+	if k.ports[proxy] == nil {
+		k.ports[proxy] = map[port]int{}
+	}
+	n := k.places.number(place{p, proxy})
+	k.ports[proxy][p] = n
+	return n
+}
+
+// others is the number of the place for what has none of its own.
+func (k *known) others(of uint16) int {
+	s := &k.sides[of]
+	if s.others == 0 {
+		s.others = 1 + k.places.number(place{port: port{side: of}})
+	}
+	return s.others - 1
+}
+
+func (k *known) excess(e excess) int {
+	if n, ok := k.excesses.of[e]; ok {
+		return n
+	}
+	if len(k.excesses.of) >= excesses {
+		e.place = uint32(k.others(k.places.all()[e.place].side))
+	}
+	return k.excesses.number(e)
 }
 
 func (k *known) kind(name string) int {
+	if n, ok := k.kinds.of[name]; ok {
+		return n
+	}
 	name = clean(name)
 	if _, ok := k.kinds.of[name]; !ok && len(k.kinds.of) >= limitKinds {
 		name = other

@@ -324,7 +324,7 @@ func checkOpenMetrics(t *testing.T, exposition string) {
 			family, kind, _ = strings.Cut(declared, " ")
 			continue
 		}
-		if strings.HasPrefix(line, "# HELP ") {
+		if strings.HasPrefix(line, "# HELP ") || strings.HasPrefix(line, "# UNIT ") {
 			continue
 		}
 		found := sample.FindStringSubmatch(line)

@@ -36,8 +36,7 @@ type State struct {
 	stages  []stages // by number of place
 	overdue []int    // by number of excess
 	proxies map[*haproxy.Place]*proxied
-	limits  map[limits.Limit]int // number of its kind
-	last    last
+	kinds   map[limits.Limit]int // numbers
 }
 
 // Namespace is a network namespace. What could not be read is nil.
@@ -54,6 +53,10 @@ const Host = "host"
 type stages [events.Minisock + 1]struct {
 	count  int
 	oldest time.Duration
+	// The limit of the last that was past it, which most have, and the number
+	// of its excess, from 1; 0: none was.
+	limit  limits.Limit
+	excess int
 }
 
 // proxied is what the labels say of a place of HAProxy, and its connections.
@@ -63,20 +66,7 @@ type proxied struct {
 	old     bool
 	clients bool // it is a frontend's
 	held    int
-}
-
-// last is how the connection before was sorted: most are alike.
-type last struct {
-	place  *haproxy.Place
-	port   uint16
-	side   events.Side
-	valid  bool
-	number int
-	proxy  *proxied // nil without a place
-
-	limit limits.Limit
-	kind  int
-	known bool // limit and kind are
+	ports   map[port]int // known.ports of the proxy
 }
 
 // limitsKept bounds the limits of a scrape whose kind is remembered: those that
@@ -86,62 +76,63 @@ const limitsKept = 1024
 // Add counts a connection of the table. All calls, for whichever State, are to
 // be made by one goroutine at a time.
 func (s *State) Add(c *track.Conn) {
-	l := &s.last
-	if port := c.ServicePort(); !l.valid || c.Place != l.place || port != l.port || c.Side != l.side {
-		l.valid, l.place, l.port, l.side = true, c.Place, port, c.Side
-		l.proxy = nil
-		p := place{side: c.Side, port: port}
-		if c.Place != nil {
-			l.proxy = s.proxied(c.Place)
-			p.proxy = l.proxy.name
-		}
-		l.number = s.known.place(p)
-		for l.number >= len(s.stages) {
-			s.stages = append(s.stages, stages{})
+	of := s.proxied(c.Place)
+	p := port{uint16(c.Side), c.ServicePort()}
+	n, known := of.ports[p]
+	if !known {
+		n = s.known.place(of.name, p)
+		if of.ports == nil {
+			of.ports = s.known.ports[of.name]
 		}
 	}
-	stage := &s.stages[l.number][c.Stage]
+	for n >= len(s.stages) {
+		s.stages = append(s.stages, stages{})
+	}
+	stage := &s.stages[n][c.Stage]
 	stage.count++
 	stage.oldest = max(stage.oldest, c.Duration)
-	if l.proxy != nil && l.proxy.clients && c.Stage == events.Held {
-		l.proxy.held++
+	if of.clients && c.Stage == events.Held {
+		of.held++
 	}
 	if !c.Overdue {
 		return
 	}
-	n := s.known.excesses.number(excess{place: l.number, stage: c.Stage, kind: s.kind(c.Limit)})
-	for n >= len(s.overdue) {
-		s.overdue = append(s.overdue, 0)
+	if stage.excess == 0 || stage.limit != c.Limit {
+		stage.limit = c.Limit
+		stage.excess = 1 + s.known.excess(excess{uint32(n), uint16(c.Stage), uint16(s.kind(c.Limit))})
+		for stage.excess > len(s.overdue) {
+			s.overdue = append(s.overdue, 0)
+		}
 	}
-	s.overdue[n]++
+	s.overdue[stage.excess-1]++
 }
 
 // kind is the number of a limit's kind, whose name costs an allocation.
-func (s *State) kind(limit limits.Limit) int {
-	l := &s.last
-	if l.known && l.limit == limit {
-		return l.kind
-	}
-	n, found := s.limits[limit]
-	if !found {
-		n = s.known.kind(limit.Kind())
-		if len(s.limits) < limitsKept {
-			s.limits[limit] = n
+func (s *State) kind(l limits.Limit) int {
+	n, known := s.kinds[l]
+	if !known {
+		n = s.known.kind(l.Kind())
+		if len(s.kinds) < limitsKept {
+			s.kinds[l] = n
 		}
 	}
-	l.known, l.limit, l.kind = true, limit, n
 	return n
 }
 
 func (s *State) proxied(p *haproxy.Place) *proxied {
 	known := s.proxies[p]
 	if known == nil {
-		known = &proxied{haproxy: configOf(p.Process), name: clean(p.Name()), old: p.Process.Old, clients: p.Side == haproxy.ClientSide}
+		known = &proxied{}
+		if p != nil {
+			known.haproxy, known.name = configOf(p.Process), clean(p.Name())
+			known.old, known.clients = p.Process.Old, p.Side == haproxy.ClientSide
+		}
+		known.ports = s.known.ports[known.name]
 		s.proxies[p] = known
 	}
 	return known
 }
 
 func newState(k *known) *State {
-	return &State{known: k, proxies: map[*haproxy.Place]*proxied{}, limits: map[limits.Limit]int{}}
+	return &State{known: k, proxies: map[*haproxy.Place]*proxied{}, kinds: map[limits.Limit]int{}}
 }
