@@ -55,6 +55,11 @@ var rooms = map[string]room{
 		},
 		why: "it turns the file into settings, and does nothing with them",
 	},
+	"internal/web": {
+		may: []string{module + "internal/events", module + "internal/limits", module + "internal/track", module + "internal/report",
+			module + "internal/alert", "github.com/prometheus/exporter-toolkit"},
+		why: "it shows what it is given by functions: it knows neither the loop, nor the metrics' registry; " + kernelOnly,
+	},
 	"internal/probe": {
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},
 		why: "it reports facts, and decides nothing about them",
