@@ -46,11 +46,11 @@ type HAProxy struct {
 // it is spoken of.
 type Settings struct {
 	MinConnections int     // of a group, for an alert
-	MaxconnShare   float64 // of a frontend's maxconn, above 0 and up to 1, which is enough too
+	MaxconnShare   float64 // of a frontend's maxconn, which is enough too; 0: never
 	PeersPerGroup  int     // that have an alert of their own; the rest have one together
 	ResolveAfter   time.Duration
 	UpdateEvery    time.Duration // at most
-	RepeatEvery    time.Duration
+	RepeatEvery    time.Duration // 0: never
 }
 
 // Alerts are the settings of alerts, and where those that fire are remembered.

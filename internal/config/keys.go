@@ -57,16 +57,16 @@ selects have HAProxy's timeouts and net.ipv4.tcp_fin_timeout.`, items: ruleKeys(
 peer and process in common make one together.`, keys: []key{
 			{name: "min_connections", text: "10", help: `So many of a group are an alert. 1 alerts for each single one.`,
 				read: one(&a.MinConnections, count(1, 1_000_000))},
-			{name: "maxconn_share", text: "10%", help: `So much of the maxconn of HAProxy's frontend is one too, if that is less.`,
+			{name: "maxconn_share", text: "10%", help: `So much of the maxconn of HAProxy's frontend is one too. 0% for never.`,
 				read: one(&a.MaxconnShare, share)},
 			{name: "peers_per_group", text: "10", help: `So many peers have an alert of their own; the rest have one together.`,
-				read: one(&a.PeersPerGroup, count(1, 1000))},
+				read: one(&a.PeersPerGroup, count(0, 1000))},
 			{name: "resolve_after", text: "2m", help: `An alert resolves once it has been quiet for so long.`,
 				read: one(&a.ResolveAfter, duration(time.Second, day))},
 			{name: "update_every", text: "1m", help: `An alert that changes much is told of anew, but no more often than this.`,
 				read: one(&a.UpdateEvery, duration(time.Second, day))},
-			{name: "repeat_every", text: "4h", help: `One that goes on is told of again after so long.`,
-				read: one(&a.RepeatEvery, duration(time.Minute, 30*day))},
+			{name: "repeat_every", text: "4h", help: `One that goes on is told of again after so long. 0s for never.`,
+				read: one(&a.RepeatEvery, durationOrNone(time.Minute, 30*day))},
 			{name: "state_file", text: a.StateFile, help: `Which alerts fire, so that a restart does not fire them as new. "" for none.`,
 				read: one(&a.StateFile, absoluteOrNone)},
 		}},
@@ -366,7 +366,7 @@ func (c *Config) check(r *reader) {
 		if !r.has(path) {
 			path = repeat
 		}
-		if d.d > a.RepeatEvery && r.sound(path) && r.sound(repeat) {
+		if a.RepeatEvery > 0 && d.d > a.RepeatEvery && r.sound(path) && r.sound(repeat) {
 			r.refuse(r.written[path], "%s %s is longer than repeat_every %s: %s", d.name, short(d.d), short(a.RepeatEvery), d.why)
 		}
 	}

@@ -43,11 +43,22 @@ func (c *Config) Print(w io.Writer) error {
 
 	a := &c.Alerts
 	p.head("Alerts")
-	p.item("fire", fmt.Sprintf("for %s past their limit, or for %s%% of a frontend's maxconn",
-		connections(a.MinConnections), strconv.FormatFloat(100*a.MaxconnShare, 'g', 6, 64)))
-	p.item("peers", fmt.Sprintf("%d of a group by themselves, the rest together", a.PeersPerGroup))
+	fire := "for " + connections(a.MinConnections) + " past their limit"
+	if a.MaxconnShare > 0 {
+		fire += ", or for " + strconv.FormatFloat(100*a.MaxconnShare, 'g', 6, 64) + "% of a frontend's maxconn"
+	}
+	p.item("fire", fire)
+	if a.PeersPerGroup > 0 {
+		p.item("peers", fmt.Sprintf("%d of a group by themselves, the rest together", a.PeersPerGroup))
+	} else {
+		p.item("peers", "all of a group together")
+	}
 	p.item("update", "every "+short(a.UpdateEvery)+" at most")
-	p.item("repeat", "every "+short(a.RepeatEvery))
+	if a.RepeatEvery > 0 {
+		p.item("repeat", "every "+short(a.RepeatEvery))
+	} else {
+		p.item("repeat", "never")
+	}
 	p.item("resolve", "after "+short(a.ResolveAfter)+" of quiet")
 	p.item("remembered", or(a.StateFile, "not beyond a restart"))
 

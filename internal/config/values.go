@@ -85,6 +85,20 @@ func duration(least, most time.Duration) func(string) (time.Duration, error) {
 	}
 }
 
+// durationOrNone is duration that takes 0 for never.
+func durationOrNone(least, most time.Duration) func(string) (time.Duration, error) {
+	return func(s string) (time.Duration, error) {
+		if d, err := time.ParseDuration(s); err == nil && d == 0 {
+			return 0, nil
+		}
+		d, err := duration(least, most)(s)
+		if err != nil {
+			err = fmt.Errorf("%w (0s: never)", err)
+		}
+		return d, err
+	}
+}
+
 // count parses numbers between two.
 func count(least, most int) func(string) (int, error) {
 	return func(s string) (int, error) {
@@ -107,8 +121,8 @@ func share(s string) (float64, error) {
 		return 0, fmt.Errorf("%s has no %%; write %s%%, if that is meant", quote(s), strconv.FormatFloat(math.Round(f*1e8)/1e6, 'f', -1, 64))
 	case !percent:
 		return 0, fmt.Errorf("%s has no %%; write one such as 10%%", quote(s))
-	case f <= 0 || f > 100:
-		return 0, fmt.Errorf("%s is not above 0%% and up to 100%%", quote(s))
+	case f < 0 || f > 100:
+		return 0, fmt.Errorf("%s is not between 0%% and 100%%", quote(s))
 	}
 	return f / 100, nil
 }
