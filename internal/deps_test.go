@@ -38,6 +38,11 @@ var rooms = map[string]room{
 		may: []string{module + "internal/events", module + "internal/haproxy", module + "internal/limits", module + "internal/track"},
 		why: "it renders what it is given; " + kernelOnly,
 	},
+	"internal/alert": {
+		may: []string{module + "internal/events", module + "internal/haproxy", module + "internal/limits", module + "internal/track", module + "internal/report",
+			"github.com/prometheus/common/config", "github.com/cenkalti/backoff/v5", "github.com/coreos/go-systemd"},
+		why: "it decides from what the table shows, and delivers; " + kernelOnly,
+	},
 	"internal/config": {
 		may: []string{
 			module + "internal/alert", module + "internal/events", module + "internal/haproxy", module + "internal/limits",
