@@ -16,6 +16,7 @@ import (
 
 	promconfig "github.com/prometheus/common/config"
 
+	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/limits"
 )
 
@@ -42,20 +43,9 @@ type HAProxy struct {
 	Socket string   // path of the runtime socket
 }
 
-// Settings say which connections past their limit make an alert, and how often
-// it is spoken of.
-type Settings struct {
-	MinConnections int     // of a group, for an alert
-	MaxconnShare   float64 // of a frontend's maxconn, above 0 and up to 1, which is enough too
-	PeersPerGroup  int     // that have an alert of their own; the rest have one together
-	ResolveAfter   time.Duration
-	UpdateEvery    time.Duration // at most
-	RepeatEvery    time.Duration
-}
-
 // Alerts are the settings of alerts, and where those that fire are remembered.
 type Alerts struct {
-	Settings
+	alert.Settings
 	StateFile string // "": a restart forgets them
 }
 
@@ -107,14 +97,7 @@ var Formats = []string{"auto", "text", "json", "journald", "syslog"}
 func Default() *Config {
 	return &Config{
 		Alerts: Alerts{
-			Settings: Settings{
-				MinConnections: 10,
-				MaxconnShare:   0.1,
-				PeersPerGroup:  10,
-				ResolveAfter:   2 * time.Minute,
-				UpdateEvery:    time.Minute,
-				RepeatEvery:    4 * time.Hour,
-			},
+			Settings:  alert.DefaultSettings(),
 			StateFile: "/var/lib/fintrace/alerts.json",
 		},
 		Sinks: Sinks{Log: true},
@@ -125,15 +108,10 @@ func Default() *Config {
 	}
 }
 
-func defaultWebhook() Webhook { return Webhook{HTTP: defaultHTTP(), Timeout: 10 * time.Second} }
+func defaultWebhook() Webhook { return Webhook{Timeout: 10 * time.Second} }
 
 func defaultAlertmanager() Alertmanager {
-	return Alertmanager{HTTP: defaultHTTP(), ResendEvery: time.Minute, Timeout: 10 * time.Second}
-}
-
-// defaultHTTP does not follow redirects: they would lead what is secret elsewhere.
-func defaultHTTP() promconfig.HTTPClientConfig {
-	return promconfig.HTTPClientConfig{EnableHTTP2: true}
+	return Alertmanager{ResendEvery: time.Minute, Timeout: 10 * time.Second}
 }
 
 // maxSize bounds the file, in bytes: a file of settings is not longer, what is

@@ -46,7 +46,7 @@ reload is followed; set it where they cannot be asked.`, keys: []key{
 			{name: "config", text: "[/etc/haproxy/haproxy.cfg]", example: true, help: `Files or directories, in the order of HAProxy's -f.`,
 				read: some(list(&c.HAProxy.Config, absolute))},
 			{name: "socket", text: "/run/haproxy/admin.sock", example: true, help: `The runtime socket.`,
-				read: one(&c.HAProxy.Socket, absolute)},
+				read: one(&c.HAProxy.Socket, runtimeSocket)},
 		}},
 
 		{name: "limits", help: `Limits of your own: a connection that stays in FIN_WAIT2 for longer is
@@ -57,16 +57,16 @@ selects have HAProxy's timeouts and net.ipv4.tcp_fin_timeout.`, items: ruleKeys(
 peer and process in common make one together.`, keys: []key{
 			{name: "min_connections", text: "10", help: `So many of a group are an alert. 1 alerts for each single one.`,
 				read: one(&a.MinConnections, count(1, 1_000_000))},
-			{name: "maxconn_share", text: "10%", help: `So much of the maxconn of HAProxy's frontend is one too, if that is less.`,
+			{name: "maxconn_share", text: "10%", help: `So much of the maxconn of HAProxy's frontend is one too. 0% for never.`,
 				read: one(&a.MaxconnShare, share)},
 			{name: "peers_per_group", text: "10", help: `So many peers have an alert of their own; the rest have one together.`,
-				read: one(&a.PeersPerGroup, count(1, 1000))},
+				read: one(&a.PeersPerGroup, count(0, 1000))},
 			{name: "resolve_after", text: "2m", help: `An alert resolves once it has been quiet for so long.`,
 				read: one(&a.ResolveAfter, duration(time.Second, day))},
 			{name: "update_every", text: "1m", help: `An alert that changes much is told of anew, but no more often than this.`,
 				read: one(&a.UpdateEvery, duration(time.Second, day))},
-			{name: "repeat_every", text: "4h", help: `One that goes on is told of again after so long.`,
-				read: one(&a.RepeatEvery, duration(time.Minute, 30*day))},
+			{name: "repeat_every", text: "4h", help: `One that goes on is told of again after so long. 0s for never.`,
+				read: one(&a.RepeatEvery, durationOrNone(time.Minute, 30*day))},
 			{name: "state_file", text: a.StateFile, help: `Which alerts fire, so that a restart does not fire them as new. "" for none.`,
 				read: one(&a.StateFile, absoluteOrNone)},
 		}},
@@ -159,10 +159,10 @@ Left out, all that are held.`, keys: []key{
 					read: one(&rule.FinTimeout, duration(shortestLimit, longestLimit))},
 			}, func(r *reader, v value) {
 				if !r.has(v.path + ".name") {
-					r.refuse(v, "the rule has no name; write name: api, or what you call these connections")
+					r.lacks(v, "the rule has no name; write name: api, or what you call these connections")
 				}
 				if !r.has(v.path + ".fin_timeout") {
-					r.refuse(v, "the rule has no limit; write fin_timeout: 30s, or how long is too long")
+					r.lacks(v, "the rule has no limit; write fin_timeout: 30s, or how long is too long")
 				}
 				c.Limits = append(c.Limits, *rule)
 				c.lines = append(c.lines, v.pos.line)
@@ -190,7 +190,7 @@ func webhookKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 				case r.has(url) && r.has(file):
 					r.refuse(r.written[file], "there is a url too; keep one of the two")
 				case !r.has(url) && !r.has(file):
-					r.refuse(v, "the webhook has no url; write url: https://..., or url_file: with a file that holds it")
+					r.lacks(v, "the webhook has no url; write url: https://..., or url_file: with a file that holds it")
 				}
 				checkHTTP(r, v, &hook.HTTP, []string{hook.URL})
 				c.Sinks.Webhooks = append(c.Sinks.Webhooks, *hook)
@@ -215,7 +215,7 @@ func alertmanagerKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 				timeoutKey(&manager.Timeout),
 			}, httpKeys(&manager.HTTP)), func(r *reader, v value) {
 				if !r.has(v.path + ".urls") {
-					r.refuse(v, `the Alertmanager has no urls; write urls: ["http://host:9093"]`)
+					r.lacks(v, `the Alertmanager has no urls; write urls: ["http://host:9093"]`)
 				}
 				checkHTTP(r, v, &manager.HTTP, manager.URLs)
 				c.Sinks.Alertmanagers = append(c.Sinks.Alertmanagers, *manager)
@@ -241,7 +241,8 @@ func timeoutKey(to *time.Duration) key {
 		read: one(to, duration(100*time.Millisecond, 5*time.Minute))}
 }
 
-// httpKeys are those of a client of HTTP.
+// httpKeys are those of a client of HTTP. It takes its proxy from the
+// environment (HTTPS_PROXY), as all programs do.
 func httpKeys(h *promconfig.HTTPClientConfig) []key {
 	auth := func() *promconfig.BasicAuth {
 		if h.BasicAuth == nil {
@@ -270,8 +271,6 @@ func httpKeys(h *promconfig.HTTPClientConfig) []key {
 			{name: "insecure_skip_verify", text: "false", help: `Trust whoever answers.`,
 				read: one(&h.TLSConfig.InsecureSkipVerify, boolean)},
 		}},
-		{name: "proxy_from_environment", text: "false", aside: true, help: `Use HTTP_PROXY, HTTPS_PROXY and NO_PROXY.`,
-			read: one(&h.ProxyFromEnvironment, boolean)},
 	}
 }
 
@@ -366,7 +365,7 @@ func (c *Config) check(r *reader) {
 		if !r.has(path) {
 			path = repeat
 		}
-		if d.d > a.RepeatEvery && r.sound(path) && r.sound(repeat) {
+		if a.RepeatEvery > 0 && d.d > a.RepeatEvery && r.sound(path) && r.sound(repeat) {
 			r.refuse(r.written[path], "%s %s is longer than repeat_every %s: %s", d.name, short(d.d), short(a.RepeatEvery), d.why)
 		}
 	}

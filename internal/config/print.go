@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/netip"
 	"net/url"
 	"path/filepath"
 	"slices"
@@ -36,18 +37,29 @@ func (c *Config) Print(w io.Writer) error {
 	for i := range c.Limits {
 		p.rule(&c.Limits[i], fmt.Sprintf("%s:%d", filepath.Base(c.name), c.lines[i]))
 	}
-	p.numbered("held by HAProxy", "its timeout client-fin or server-fin, or what acts in place of that",
-		"where none of these is set: as below, if that is shorter")
-	p.numbered("held by others", "net.ipv4.tcp_fin_timeout")
+	p.numbered("held by HAProxy", "its timeout client-fin or server-fin; where these do not act, the",
+		"timeout that does, unless it is longer than net.ipv4.tcp_fin_timeout")
+	p.numbered("held by any", "net.ipv4.tcp_fin_timeout")
 	p.numbered("orphaned, minisock", "the kernel's own timer")
 
 	a := &c.Alerts
 	p.head("Alerts")
-	p.item("fire", fmt.Sprintf("for %s past their limit, or for %s%% of a frontend's maxconn",
-		connections(a.MinConnections), strconv.FormatFloat(100*a.MaxconnShare, 'g', 6, 64)))
-	p.item("peers", fmt.Sprintf("%d of a group by themselves, the rest together", a.PeersPerGroup))
+	fire := "at " + connections(a.MinConnections) + " past the limit"
+	if a.MaxconnShare > 0 {
+		fire += ", or at " + strconv.FormatFloat(100*a.MaxconnShare, 'g', 6, 64) + "% of a frontend's maxconn"
+	}
+	p.item("fire", fire)
+	if a.PeersPerGroup > 0 {
+		p.item("peers", fmt.Sprintf("%d of a group by themselves, the rest together", a.PeersPerGroup))
+	} else {
+		p.item("peers", "all of a group together")
+	}
 	p.item("update", "every "+short(a.UpdateEvery)+" at most")
-	p.item("repeat", "every "+short(a.RepeatEvery))
+	if a.RepeatEvery > 0 {
+		p.item("repeat", "every "+short(a.RepeatEvery))
+	} else {
+		p.item("repeat", "never")
+	}
 	p.item("resolve", "after "+short(a.ResolveAfter)+" of quiet")
 	p.item("remembered", or(a.StateFile, "not beyond a restart"))
 
@@ -111,12 +123,37 @@ func (p *printer) rule(rule *limits.Rule, where string) {
 	add("local port", texts(m.LocalPorts))
 	add("remote port", texts(m.RemotePorts))
 	add("port", texts(m.Ports))
-	add("peer", texts(m.Peers))
+	add("peer", blocks(m.Peers))
 	add("process", m.Processes)
 	add("cgroup", m.Cgroups)
 	add("network namespace", slices.Concat(m.NetnsNames, texts(m.Netns)))
 	add("proxy", m.Proxies)
-	p.numbered(rule.Name, short(rule.FinTimeout)+"  ("+where+")", strings.Join(what, ", "))
+	p.numbered(rule.Name, short(rule.FinTimeout)+"  ("+where+")", wrap(what)...)
+}
+
+// wrap joins parts by commas, into lines that are not much longer than wide.
+func wrap(parts []string) (lines []string) {
+	const wide = 70
+	line := parts[0]
+	for _, part := range parts[1:] {
+		if line += ","; len(line)+len(part) > wide {
+			lines, line = append(lines, line), part
+		} else {
+			line += " " + part
+		}
+	}
+	return append(lines, line)
+}
+
+// blocks prints the block of a single address as that.
+func blocks(prefixes []netip.Prefix) []string {
+	all := texts(prefixes)
+	for i, p := range prefixes {
+		if p.IsSingleIP() {
+			all[i] = p.Addr().String()
+		}
+	}
+	return all
 }
 
 func texts[T any](values []T) []string {
@@ -179,9 +216,6 @@ func client(h *promconfig.HTTPClientConfig, headers func(func(string) bool)) str
 	}
 	if h.TLSConfig.InsecureSkipVerify {
 		text += ", trusting whoever answers"
-	}
-	if h.ProxyFromEnvironment {
-		text += ", by the environment's proxy"
 	}
 	return text
 }

@@ -42,6 +42,7 @@ func (p pos) compare(q pos) int {
 type problem struct {
 	pos
 	path, text string
+	unknown    bool // a key
 }
 
 // A value is what the file has for a key.
@@ -65,7 +66,7 @@ func parse(name string, text []byte, files bool) (*Config, error) {
 	c := Default()
 	c.name = name
 	if root := r.root(text); root != nil {
-		v, ok := r.resolve(value{node: root})
+		v, ok := r.resolve(value{node: root, pos: posOf(root)})
 		if ok {
 			r.mapping(v, keys(c), nil)
 			c.check(r)
@@ -97,7 +98,7 @@ func (r *reader) errors(name string) error {
 
 // refuse notes what is wrong with a value.
 func (r *reader) refuse(v value, format string, args ...any) {
-	r.problems = append(r.problems, problem{v.pos, v.path, fmt.Sprintf(format, args...)})
+	r.problems = append(r.problems, problem{pos: v.pos, path: v.path, text: fmt.Sprintf(format, args...)})
 }
 
 // sound says whether nothing is wrong at a path and below it.
@@ -106,6 +107,14 @@ func (r *reader) sound(path string) bool {
 		rest, below := strings.CutPrefix(p.path, path)
 		return below && (rest == "" || rest[0] == '.' || rest[0] == '[')
 	})
+}
+
+// lacks refuses a mapping without a key that it needs, unless another key, which
+// nobody knows, may be meant for it.
+func (r *reader) lacks(v value, format string, args ...any) {
+	if !slices.ContainsFunc(r.problems, func(p problem) bool { return p.path == v.path && p.unknown }) {
+		r.refuse(v, format, args...)
+	}
 }
 
 // has says whether the file has a value there.
@@ -137,7 +146,7 @@ func (r *reader) root(text []byte) ast.Node {
 			continue
 		}
 		if root != nil {
-			r.problems = append(r.problems, problem{posOf(doc.Body), "", "a second document begins; put all into one, without --- between"})
+			r.problems = append(r.problems, problem{pos: posOf(doc.Body), text: "a second document begins; put all into one, without --- between"})
 			return nil
 		}
 		root = doc.Body
@@ -162,7 +171,7 @@ func parseTokens(tokens token.Tokens) (file *ast.File, err error) {
 // plain refuses what is no text for YAML, or looks like indentation and is none.
 func (r *reader) plain(text []byte) bool {
 	refuse := func(line, column int, format string, args ...any) bool {
-		r.problems = append(r.problems, problem{pos{line, column}, "", fmt.Sprintf(format, args...)})
+		r.problems = append(r.problems, problem{pos: pos{line, column}, text: fmt.Sprintf(format, args...)})
 		return false
 	}
 	if len(text) > maxSize {
@@ -198,7 +207,7 @@ func (r *reader) tame(tokens token.Tokens) bool {
 	flow, entries, line := 0, 0, 0
 	for _, t := range tokens {
 		refuse := func(text string) bool {
-			r.problems = append(r.problems, problem{at(t), "", text})
+			r.problems = append(r.problems, problem{pos: at(t), text: text})
 			return false
 		}
 		if t.Position.Line != line {
@@ -258,7 +267,7 @@ var advice = map[string]string{
 // notYAML notes what the parser says, without the lines that it quotes: they may
 // hold secrets.
 func (r *reader) notYAML(err error) {
-	p := problem{pos{1, 1}, "", "this is not YAML: " + err.Error()}
+	p := problem{pos: pos{1, 1}, text: "this is not YAML: " + err.Error()}
 	if syntax := yaml.Error(nil); errors.As(err, &syntax) {
 		p.pos = at(syntax.GetToken())
 		p.text = "this is not YAML: " + oneLine(syntax.GetMessage())
@@ -374,11 +383,11 @@ func (r *reader) pairs(v value) ([]*ast.MappingValueNode, bool) {
 	return nil, false
 }
 
-// eachPair calls use for each key that has a value.
-func (r *reader) eachPair(v value, use func(name string, key, v value)) {
+// eachPair calls use for each key and its value. It is false if v is no mapping.
+func (r *reader) eachPair(v value, use func(name string, key, v value)) bool {
 	pairs, ok := r.pairs(v)
 	if !ok {
-		return
+		return false
 	}
 	lines := map[string]int{}
 	for _, pair := range pairs {
@@ -399,24 +408,29 @@ func (r *reader) eachPair(v value, use func(name string, key, v value)) {
 		if v.path != "" {
 			path = v.path + "." + name
 		}
-		use(name, key, value{path: path, node: pair.Value})
+		use(name, key, value{path: path, node: pair.Value, pos: posOf(pair.Value)})
 	}
+	return true
 }
 
 // mapping reads a mapping of known keys, and calls after, if there is one, once
 // all of it is read.
 func (r *reader) mapping(v value, known []key, after func(*reader, value)) {
-	r.eachPair(v, func(name string, written, v value) {
+	isMapping := r.eachPair(v, func(name string, written, v value) {
 		i := slices.IndexFunc(known, func(k key) bool { return k.name == name })
 		if i < 0 {
 			r.refuse(written, "unknown key %s; %s", quote(name), meant(name, known))
+			r.problems[len(r.problems)-1].unknown = true
 			return
 		}
 		v, ok := r.resolve(v)
-		if _, null := v.node.(*ast.NullNode); !ok || null {
+		if _, null := v.node.(*ast.NullNode); null {
 			return // A key without a value is as good as none.
 		}
 		r.written[v.path] = v
+		if !ok {
+			return
+		}
 		switch k := known[i]; {
 		case k.items != nil:
 			r.eachItem(v, func(i int, v value) {
@@ -429,7 +443,7 @@ func (r *reader) mapping(v value, known []key, after func(*reader, value)) {
 			k.read(r, v)
 		}
 	})
-	if after != nil {
+	if isMapping && after != nil {
 		after(r, v)
 	}
 }
@@ -442,8 +456,7 @@ func (r *reader) eachItem(v value, use func(i int, v value)) {
 		return
 	}
 	for i, n := range list.Values {
-		item := value{path: fmt.Sprintf("%s[%d]", v.path, i), node: n, pos: posOf(n)}
-		item, ok := r.resolve(item)
+		item, ok := r.resolve(value{path: fmt.Sprintf("%s[%d]", v.path, i), node: n, pos: posOf(n)})
 		if !ok {
 			continue
 		}
@@ -505,7 +518,7 @@ func listOf[T any](to *[]T, parse func(string) (T, error), within func(a, b T) b
 				case inside:
 					r.refuse(v, "%s is within %s already; leave it out", quote(text), quote(texts[i]))
 				case around:
-					r.refuse(v, "%s is within it; leave that out", quote(texts[i]))
+					r.refuse(v, "%s is within %s; leave that out", quote(texts[i]), quote(text))
 				default:
 					continue
 				}
@@ -525,7 +538,7 @@ func listOf[T any](to *[]T, parse func(string) (T, error), within func(a, b T) b
 func some(read func(*reader, value)) func(*reader, value) {
 	return func(r *reader, v value) {
 		if l, several := v.node.(*ast.SequenceNode); several && len(l.Values) == 0 {
-			r.refuse(v, "the list is empty; leave the key out")
+			r.refuse(v, "the list is empty; write a value, or leave the key out")
 			return
 		}
 		read(r, v)

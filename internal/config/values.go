@@ -85,6 +85,20 @@ func duration(least, most time.Duration) func(string) (time.Duration, error) {
 	}
 }
 
+// durationOrNone is duration that takes 0 for never.
+func durationOrNone(least, most time.Duration) func(string) (time.Duration, error) {
+	return func(s string) (time.Duration, error) {
+		if d, err := time.ParseDuration(s); err == nil && d == 0 {
+			return 0, nil
+		}
+		d, err := duration(least, most)(s)
+		if err != nil {
+			err = fmt.Errorf("%w (0s: never)", err)
+		}
+		return d, err
+	}
+}
+
 // count parses numbers between two.
 func count(least, most int) func(string) (int, error) {
 	return func(s string) (int, error) {
@@ -107,8 +121,8 @@ func share(s string) (float64, error) {
 		return 0, fmt.Errorf("%s has no %%; write %s%%, if that is meant", quote(s), strconv.FormatFloat(math.Round(f*1e8)/1e6, 'f', -1, 64))
 	case !percent:
 		return 0, fmt.Errorf("%s has no %%; write one such as 10%%", quote(s))
-	case f <= 0 || f > 100:
-		return 0, fmt.Errorf("%s is not above 0%% and up to 100%%", quote(s))
+	case f < 0 || f > 100:
+		return 0, fmt.Errorf("%s is not between 0%% and 100%%", quote(s))
 	}
 	return f / 100, nil
 }
@@ -331,6 +345,21 @@ func alertmanagerURL(s string) (string, error) {
 	return s, err
 }
 
+// runtimeSocket parses an address of HAProxy's `stats socket`.
+func runtimeSocket(s string) (string, error) {
+	kind, name, typed := strings.Cut(strings.TrimPrefix(s, "stream+"), "@")
+	switch {
+	case strings.HasPrefix(s, "/"):
+		return absolute(s)
+	case typed && name != "" && slices.Contains([]string{"unix", "uxst", "abns", "abnsz", "ipv4", "ipv6", "tcp", "tcp4", "tcp6"}, kind):
+		return s, nil
+	}
+	if _, err := address(s); err != nil || strings.HasSuffix(s, ":0") {
+		return "", fmt.Errorf("%s is no address of a runtime socket; write one such as /run/haproxy/admin.sock or 127.0.0.1:9999", quote(s))
+	}
+	return s, nil
+}
+
 var hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?$`)
 
 // address parses host:port to listen on; port 0 is any that is free.
@@ -376,7 +405,7 @@ var (
 // ownHeaders are set by who sends, or have keys of their own.
 var ownHeaders = map[string]string{
 	"authorization":       "use bearer_token_file or basic_auth",
-	"proxy-authorization": "use proxy_from_environment",
+	"proxy-authorization": "leave it out",
 	"connection":          "leave it out",
 	"content-encoding":    "leave it out",
 	"content-length":      "leave it out",
@@ -399,23 +428,28 @@ func header(name, text string) error {
 	return nil
 }
 
-// ownLabels are those that every alert has, or may have.
-var ownLabels = []string{"alertname", "severity", "limit", "stage", "side", "proxy", "server", "port", "peer", "process", "netns"}
+// ownLabels are those that tell alerts apart.
+var ownLabels = []string{"alertname", "limit", "stage", "side", "proxy", "server", "port", "peer", "process", "netns"}
 
 func label(name, text string) error {
 	switch {
 	case !labelName.MatchString(name) || strings.HasPrefix(name, "__"):
 		return fmt.Errorf("%s is no name of a label; write letters, digits and _", quote(name))
 	case slices.Contains(ownLabels, name):
-		return fmt.Errorf("the label %s says what an alert is of; take another name", name)
+		return fmt.Errorf("the label %s tells alerts apart; take another name", name)
 	case text == "":
 		return errors.New("a label without a value is none; leave it out")
 	}
 	return nil
 }
 
-// maxSecret bounds the files of secrets and certificates, in bytes.
-const maxSecret = 1 << 20
+const (
+	// maxFile bounds the files that are named, in bytes: all certificates that a
+	// system trusts are a quarter of this.
+	maxFile = 1 << 20
+	// maxSecret bounds those that hold a secret.
+	maxSecret = 64 << 10
+)
 
 // file reads the path of a file that has to be there and hold what check, if
 // any, expects. Its errors do not quote what it holds.
@@ -426,7 +460,7 @@ func file(to *string, check func([]byte) error) func(*reader, value) {
 		if !r.files || len(r.problems) > problems {
 			return
 		}
-		text, err := readFile(*to, maxSecret)
+		text, err := readFile(*to, maxFile)
 		if err == nil && len(bytes.TrimSpace(text)) == 0 {
 			err = errors.New("is empty")
 		}
@@ -441,13 +475,16 @@ func file(to *string, check func([]byte) error) func(*reader, value) {
 
 // aLine checks that there is one line.
 func aLine(text []byte) error {
-	if !printable(string(text)) {
+	if len(text) > maxSecret || !printable(string(text)) {
 		return errors.New("one line of text was expected in it")
 	}
 	return nil
 }
 
 func aURL(text []byte) error {
+	if err := aLine(text); err != nil {
+		return err
+	}
 	if _, err := webURL(string(text)); err != nil {
 		return fmt.Errorf("in it: %w", err)
 	}
