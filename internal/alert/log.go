@@ -23,7 +23,7 @@ func NewLog(name string, log *slog.Logger) Sink {
 		MaxAlerts: 1,
 		Deliver: func(ctx context.Context, alerts []Alert) error {
 			for i := range alerts {
-				if err := write(ctx, log.Handler(), &alerts[i]); err != nil {
+				if err := writeAlert(ctx, log.Handler(), &alerts[i]); err != nil {
 					return err
 				}
 			}
@@ -32,8 +32,8 @@ func NewLog(name string, log *slog.Logger) Sink {
 	}
 }
 
-// write hands a record to the handler itself: a Logger would hide its error.
-func write(ctx context.Context, handler slog.Handler, a *Alert) error {
+// writeAlert hands a record to the handler itself: a Logger would hide its error.
+func writeAlert(ctx context.Context, handler slog.Handler, a *Alert) error {
 	level := slog.LevelWarn
 	if !a.Firing() {
 		level = slog.LevelInfo
