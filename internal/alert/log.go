@@ -23,7 +23,7 @@ func NewLog(name string, log *slog.Logger) Sink {
 		MaxAlerts: 1,
 		Deliver: func(ctx context.Context, alerts []Alert) error {
 			for i := range alerts {
-				if err := write(ctx, log.Handler(), &alerts[i]); err != nil {
+				if err := writeAlert(ctx, log.Handler(), &alerts[i]); err != nil {
 					return err
 				}
 			}
@@ -32,8 +32,8 @@ func NewLog(name string, log *slog.Logger) Sink {
 	}
 }
 
-// write hands a record to the handler itself: a Logger would hide its error.
-func write(ctx context.Context, handler slog.Handler, a *Alert) error {
+// writeAlert hands a record to the handler itself: a Logger would hide its error.
+func writeAlert(ctx context.Context, handler slog.Handler, a *Alert) error {
 	level := slog.LevelWarn
 	if !a.Firing() {
 		level = slog.LevelInfo
@@ -64,12 +64,8 @@ func write(ctx context.Context, handler slog.Handler, a *Alert) error {
 		slog.String("limit_source", report.Clean(a.LimitSource)),
 		slog.Time("starts_at", a.StartsAt),
 	)
-	var advice []string
-	for i := range a.Advice {
-		advice = append(advice, fixes(&a.Advice[i])...)
-	}
-	if len(advice) > 0 {
-		r.AddAttrs(slog.String("advice", strings.Join(advice, " | ")))
+	if lines := fixes(a.Advice); a.Firing() && len(lines) > 0 {
+		r.AddAttrs(slog.String("advice", strings.Join(lines, " | ")))
 	}
 	return handler.Handle(ctx, r)
 }

@@ -191,10 +191,9 @@ func retryAfter(header string, now time.Time) time.Duration {
 func (p *poster) secrets(u *url.URL) []string {
 	secrets := []string{u.String(), u.RequestURI(), u.EscapedPath(), u.Path, u.RawQuery, u.Fragment}
 	userinfo := func(user *url.Userinfo) {
-		if password, ok := user.Password(); ok {
-			secrets = append(secrets, password, user.String(), basicAuth(user.Username(), password))
-		} else if user != nil { // tokens stand in the place of names, too
-			secrets = append(secrets, user.Username(), basicAuth(user.Username(), ""))
+		if user != nil { // tokens stand in the place of names, too
+			password, _ := user.Password()
+			secrets = append(secrets, user.String(), user.Username(), password, basicAuth(user.Username(), password))
 		}
 	}
 	file := func(path string) string {
