@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"os"
 	"path"
 	"regexp"
 	"slices"
@@ -469,6 +470,16 @@ func file(to *string, check func([]byte) error) func(*reader, value) {
 		}
 		if err != nil {
 			r.refuse(v, "%s: %v", quote(*to), err)
+		}
+	}
+}
+
+// stateFile reads the path of a file that the daemon writes.
+func stateFile(to *string) func(*reader, value) {
+	return func(r *reader, v value) {
+		one(to, absoluteOrNone)(r, v)
+		if info, err := os.Stat(*to); r.files && err == nil && !info.Mode().IsRegular() {
+			r.refuse(v, "%s: is no regular file", quote(*to))
 		}
 	}
 }
