@@ -14,8 +14,6 @@ import (
 	"syscall"
 	"time"
 
-	promconfig "github.com/prometheus/common/config"
-
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/limits"
 )
@@ -52,28 +50,8 @@ type Alerts struct {
 // Sinks are where alerts go.
 type Sinks struct {
 	Log           bool
-	Webhooks      []Webhook
-	Alertmanagers []Alertmanager
-}
-
-// Webhook is a URL that alerts are posted to as JSON.
-type Webhook struct {
-	Name    string
-	URL     string // one of these two
-	URLFile string
-	Headers map[string]string
-	HTTP    promconfig.HTTPClientConfig
-	Timeout time.Duration // of one attempt
-}
-
-// Alertmanager is a cluster of Alertmanagers: each of them gets each alert.
-type Alertmanager struct {
-	Name        string
-	URLs        []string // without /api/v2/alerts
-	HTTP        promconfig.HTTPClientConfig
-	ResendEvery time.Duration
-	Labels      map[string]string // added to each alert
-	Timeout     time.Duration     // of one attempt
+	Webhooks      []alert.WebhookConfig
+	Alertmanagers []alert.AlertmanagerConfig
 }
 
 // Web is the listener for metrics, the page, the API and health.
@@ -106,12 +84,6 @@ func Default() *Config {
 		Log:             Log{Level: slog.LevelInfo, Format: "auto"},
 		ShutdownTimeout: 5 * time.Second,
 	}
-}
-
-func defaultWebhook() Webhook { return Webhook{Timeout: 10 * time.Second} }
-
-func defaultAlertmanager() Alertmanager {
-	return Alertmanager{ResendEvery: time.Minute, Timeout: 10 * time.Second}
 }
 
 // maxSize bounds the file, in bytes: a file of settings is not longer, what is

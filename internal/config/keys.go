@@ -13,6 +13,7 @@ import (
 
 	promconfig "github.com/prometheus/common/config"
 
+	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
@@ -92,7 +93,7 @@ than this host can reach it: the page shows addresses of peers.`,
 		{name: "log", help: `The daemon's own log, and that of alerts.`, keys: []key{
 			{name: "level", text: "info", help: `debug, info, warn or error.`,
 				read: one(&c.Log.Level, level)},
-			{name: "format", text: "auto", help: `auto is journald under systemd and text elsewhere; or ` + strings.Join(Formats[1:], ", ") + `.`,
+			{name: "format", text: "auto", help: `auto (journald under systemd, else text), ` + strings.Join(Formats[1:], ", ") + `.`,
 				read: one(&c.Log.Format, choice(Formats...))},
 		}},
 
@@ -170,9 +171,12 @@ Left out, all that are held.`, keys: []key{
 	}
 }
 
+// sinkTimeout is how long an attempt may take where nothing is said.
+const sinkTimeout = 10 * time.Second
+
 func webhookKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 	return func(i int) ([]key, func(*reader, value)) {
-		w := defaultWebhook()
+		w := alert.WebhookConfig{Timeout: sinkTimeout}
 		w.Name = defaultName("webhook", i)
 		hook := &w
 		return slices.Concat([]key{
@@ -201,7 +205,7 @@ func webhookKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 
 func alertmanagerKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 	return func(i int) ([]key, func(*reader, value)) {
-		a := defaultAlertmanager()
+		a := alert.AlertmanagerConfig{Timeout: sinkTimeout, ResendEvery: time.Minute}
 		a.Name = defaultName("alertmanager", i)
 		manager := &a
 		return slices.Concat([]key{
