@@ -73,6 +73,8 @@ type life struct {
 	alert Alert
 	peer  peer // where the label is not Others
 
+	started events.Time
+
 	// As of the last notification.
 	notified events.Time
 	count    int
@@ -299,17 +301,24 @@ func (b *Book) fire(f *family, g *group, now events.Time) {
 	if g != f.rest {
 		labels.Peer = g.peer.String()
 	}
-	g.life = &life{peer: g.peer, alert: Alert{ID: labels.id(), Labels: labels, StartsAt: b.wall(now)}}
+	g.life = &life{peer: g.peer, started: now, alert: Alert{ID: labels.id(), Labels: labels, StartsAt: b.wall(now)}}
 	b.firing[labels] = g.life
 	b.refresh(f, g, now)
 	b.notify(g, Fired, now)
 }
+
+// clockSet is by how much the wall clock has moved at least if it was set; less
+// than that is between its readings, and the start of an alert is to stay the same.
+const clockSet = time.Second
 
 // refresh brings the alert of a group up to date.
 func (b *Book) refresh(f *family, g *group, now events.Time) {
 	l := g.life
 	a := &l.alert
 	a.UpdatedAt = b.wall(now)
+	if starts := b.wall(l.started); starts.Sub(a.StartsAt).Abs() > clockSet {
+		a.StartsAt = starts
+	}
 	a.Count, a.Peak = g.count, max(a.Peak, g.count)
 	if f.maxconn > 0 {
 		a.Maxconn = f.maxconn
@@ -345,7 +354,7 @@ func (b *Book) notify(g *group, e Event, now events.Time) {
 func (b *Book) resolve(g *group, now events.Time) {
 	a := &g.life.alert
 	ends := b.wall(g.life.ended)
-	if ends.Before(a.StartsAt) { // The wall clock was set back.
+	if ends.Before(a.StartsAt) { // It ended when it began, but for the readings of the clock.
 		ends = a.StartsAt
 	}
 	a.EndsAt, a.Count = &ends, 0

@@ -259,13 +259,12 @@ func (b *Book) family(labels Labels) *family {
 			return b.family(overflow)
 		}
 	}
-	var f *family
-	if n := len(b.families); n < cap(b.families) {
-		b.families = b.families[:n+1]
-		f = b.families[n] // of an evaluation before
-	} else {
+	n := len(b.families)
+	b.families = slices.Grow(b.families, 1)[:n+1]
+	f := b.families[n] // of an evaluation before
+	if f == nil {
 		f = &family{own: map[peer]*group{}, counts: map[peer]int{}}
-		b.families = append(b.families, f)
+		b.families[n] = f
 	}
 	f.labels, f.rest = labels, &group{}
 	b.byLabels[labels] = f

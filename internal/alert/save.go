@@ -90,10 +90,11 @@ func (b *Book) Restore(s Saved, now events.Time) error {
 		if saved.EndsAt != nil {
 			l.ended = back(*saved.EndsAt)
 		}
-		l.alert.StartsAt = saved.StartsAt.Round(0)
+		l.started, l.alert.StartsAt = back(saved.StartsAt), saved.StartsAt.Round(0)
 		if age := wall.Sub(saved.StartsAt); age < 0 || age > longest {
-			l.alert.StartsAt = wall
+			l.started, l.alert.StartsAt = now, wall
 		}
+		l.ended = max(l.ended, l.started)
 		l.alert.LimitSource = report.Clean(saved.LimitSource)
 		if sec := saved.LimitSec; sec >= 0 && sec <= longest.Seconds() {
 			l.alert.LimitSec = sec

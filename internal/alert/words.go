@@ -46,7 +46,7 @@ func summary(l *life, g *group) string {
 		text = fmt.Sprintf("resolved after %s: connections%s, %d at the peak",
 			report.Duration(a.EndsAt.Sub(a.StartsAt)), where, a.Peak)
 	case a.Count == 0:
-		text = fmt.Sprintf("no connections any more%s, %d at the peak", where, a.Peak)
+		text = fmt.Sprintf("no longer any connections%s, %d at the peak", where, a.Peak)
 	default:
 		text = fmt.Sprintf("%s%s, the oldest for %s; limit %s (%s)", connections(a.Count), where,
 			age(g.oldest, g.exact), brief(g.limit.Duration), a.LimitSource)
