@@ -48,7 +48,6 @@ var rooms = map[string]room{
 			"github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync"},
 		why: "it counts and shows what it is given; " + kernelOnly,
 	},
-	},
 	"internal/config": {
 		may: []string{
 			module + "internal/alert", module + "internal/events", module + "internal/haproxy", module + "internal/limits",
@@ -60,7 +59,6 @@ var rooms = map[string]room{
 		may: []string{module + "internal/events", module + "internal/limits", module + "internal/track", module + "internal/report",
 			module + "internal/alert", "github.com/prometheus/exporter-toolkit"},
 		why: "it shows what it is given by functions: it knows neither the loop, nor the metrics' registry; " + kernelOnly,
-	},
 	},
 	"internal/probe": {
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"flag"
+	"io"
 	"log/slog"
 	"math/big"
 	"net/netip"
@@ -268,6 +269,16 @@ func TestLabels(t *testing.T) {
 	}
 }
 
+// TestFormats: the formats of the log are those that there are.
+func TestFormats(t *testing.T) {
+	for _, format := range Formats {
+		// Some are not to be had everywhere.
+		if _, err := alert.NewHandler(format, io.Discard, slog.LevelInfo); err != nil && strings.Contains(err.Error(), "not known") {
+			t.Error(err)
+		}
+	}
+}
+
 // TestShippedFile: deploy/ has the default file, and as it stands it changes nothing.
 func TestShippedFile(t *testing.T) {
 	const path = "../../deploy/fintrace.yaml"
@@ -306,12 +317,11 @@ func TestShippedFile(t *testing.T) {
 // TestUncommented: each block of the file is in order without its first #, and
 // so are all of them, with all that stands aside in them.
 func TestUncommented(t *testing.T) {
-	blocks := strings.Split(string(DefaultFile()), "\n\n")[1:]
+	blocks := uncommented()
 	if len(blocks) != len(keys(Default())) {
 		t.Fatalf("there are %d blocks", len(blocks))
 	}
-	for _, block := range blocks {
-		text := regexp.MustCompile("(?m)^#").ReplaceAllString(block, "")
+	for _, text := range blocks {
 		c, err := Parse("f", []byte(text))
 		if err != nil {
 			t.Errorf("%v in\n%s", err, text)
@@ -332,6 +342,14 @@ func TestUncommented(t *testing.T) {
 			t.Errorf("%v in\n%s", err, b.String())
 		}
 	}
+}
+
+// uncommented is the blocks of the default file, without the first # of each line.
+func uncommented() (blocks []string) {
+	for _, block := range strings.Split(string(DefaultFile()), "\n\n")[1:] {
+		blocks = append(blocks, regexp.MustCompile("(?m)^#").ReplaceAllString(block, ""))
+	}
+	return blocks
 }
 
 // beside is all keys as if none stood aside, but for those that exclude others,
@@ -414,8 +432,9 @@ func checkKey(t *testing.T, path string, k key, in func(string) string) {
 		}
 		r := &reader{anchors: map[string][]*ast.AnchorNode{}, written: map[string]value{}}
 		c := Default()
-		root := r.root([]byte(text))
-		r.mapping(value{node: root}, keys(c), nil)
+		if root := r.root([]byte(text)); root != nil {
+			r.mapping(value{node: root}, keys(c), nil)
+		}
 		// Some need another key, which is not the question here.
 		if len(r.problems) > 0 && !slices.ContainsFunc(r.problems, func(p problem) bool {
 			return regexp.MustCompile("needs its|there is no|there is a url|has no ").MatchString(p.text)

@@ -237,7 +237,7 @@ func defaultName(kind string, i int) string {
 }
 
 func nameKey(to *string, text string) key {
-	return key{name: "name", text: text, help: "What the log and metrics call it.", read: one(to, name)}
+	return key{name: "name", text: text, help: "What the log and metrics call it.", read: one(to, sinkName)}
 }
 
 func timeoutKey(to *time.Duration) key {

@@ -293,9 +293,7 @@ func testTexts(t testing.TB, pattern string) (all [][]byte) {
 }
 
 func goodTexts(t testing.TB) [][]byte {
-	uncommented := regexp.MustCompile("(?m)^#").ReplaceAll(DefaultFile(), nil)
-	_, settings, _ := strings.Cut(string(uncommented), "\n\n")
-	return append(testTexts(t, "testdata/good/*"), DefaultFile(), []byte(settings))
+	return append(testTexts(t, "testdata/good/*"), DefaultFile(), []byte(strings.Join(uncommented(), "\n")))
 }
 
 var errorLine = regexp.MustCompile(`^f:(\d+):(\d+): .+$`)

@@ -276,6 +276,14 @@ func name(s string) (string, error) {
 	return s, nil
 }
 
+// sinkName has no slash: behind it metrics have the host of each Alertmanager.
+func sinkName(s string) (string, error) {
+	if strings.Contains(s, "/") {
+		return "", fmt.Errorf("%s has a /, which names of sinks cannot have", quote(s))
+	}
+	return name(s)
+}
+
 // limitsOwn are the kinds of limit (limits.Limit.Kind) that are no rule's.
 var limitsOwn = []string{"TCP_LINGER2", "RTO", "--limit", "timewait timer", "tcp_fin_timeout"}
 
