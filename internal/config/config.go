@@ -86,14 +86,6 @@ func Default() *Config {
 	}
 }
 
-func defaultWebhook() alert.WebhookConfig {
-	return alert.WebhookConfig{Timeout: 10 * time.Second}
-}
-
-func defaultAlertmanager() alert.AlertmanagerConfig {
-	return alert.AlertmanagerConfig{ResendEvery: time.Minute, Timeout: 10 * time.Second}
-}
-
 // maxSize bounds the file, in bytes: a file of settings is not longer, what is
 // longer is another file.
 const maxSize = 1 << 20

@@ -13,6 +13,7 @@ import (
 
 	promconfig "github.com/prometheus/common/config"
 
+	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
@@ -68,7 +69,7 @@ peer and process in common make one together.`, keys: []key{
 			{name: "repeat_every", text: "4h", help: `One that goes on is told of again after so long. 0s for never.`,
 				read: one(&a.RepeatEvery, durationOrNone(time.Minute, 30*day))},
 			{name: "state_file", text: a.StateFile, help: `Which alerts fire, so that a restart does not fire them as new. "" for none.`,
-				read: one(&a.StateFile, absoluteOrNone)},
+				read: stateFile(&a.StateFile)},
 		}},
 
 		{name: "sinks", help: `Where alerts go, to all of these at once.`, keys: []key{
@@ -92,7 +93,7 @@ than this host can reach it: the page shows addresses of peers.`,
 		{name: "log", help: `The daemon's own log, and that of alerts.`, keys: []key{
 			{name: "level", text: "info", help: `debug, info, warn or error.`,
 				read: one(&c.Log.Level, level)},
-			{name: "format", text: "auto", help: `auto (journald's fields where that reads it, else text), or ` + strings.Join(Formats[1:], ", ") + `.`,
+			{name: "format", text: "auto", help: `auto (journald under systemd, else text), ` + strings.Join(Formats[1:], ", ") + `.`,
 				read: one(&c.Log.Format, choice(Formats...))},
 		}},
 
@@ -152,7 +153,7 @@ Left out, all that are held.`, keys: []key{
 						})},
 					{name: "proxy", text: "[https]", example: true, aside: true, help: `Frontends, listens or backends of HAProxy.`,
 						read: some(list(&m.Proxies, proxy))},
-					{name: "stage", text: "held", example: true, aside: true, help: `held, orphaned or minisock; left out, held: the kernel ends the others itself.`,
+					{name: "stage", text: "held", example: true, aside: true, help: `held, orphaned or minisock. Left out, held: the kernel ends the others.`,
 						read: one(&m.Stage, stage)},
 				}},
 				{name: "fin_timeout", text: "30s", example: true, help: `The limit. Needed.`,
@@ -170,14 +171,17 @@ Left out, all that are held.`, keys: []key{
 	}
 }
 
+// sinkTimeout is how long an attempt may take where nothing is said.
+const sinkTimeout = 10 * time.Second
+
 func webhookKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 	return func(i int) ([]key, func(*reader, value)) {
-		w := defaultWebhook()
+		w := alert.WebhookConfig{Timeout: sinkTimeout}
 		w.Name = defaultName("webhook", i)
 		hook := &w
 		return slices.Concat([]key{
 				nameKey(&hook.Name, "webhook"),
-				{name: "url", text: "https://hooks.example.org/fintrace", example: true,
+				{name: "url", text: "https://hooks.example.org/fintrace", example: true, help: `Needed, or url_file.`,
 					read: one(&hook.URL, hookURL)},
 				{name: "url_file", text: "/etc/fintrace/webhook.url", example: true, aside: true, instead: "url", help: `A file that holds the URL, where that is a secret.`,
 					read: file(&hook.URLFile, aURL)},
@@ -201,12 +205,12 @@ func webhookKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 
 func alertmanagerKeys(c *Config) func(int) ([]key, func(*reader, value)) {
 	return func(i int) ([]key, func(*reader, value)) {
-		a := defaultAlertmanager()
+		a := alert.AlertmanagerConfig{Timeout: sinkTimeout, ResendEvery: time.Minute}
 		a.Name = defaultName("alertmanager", i)
 		manager := &a
 		return slices.Concat([]key{
 				nameKey(&manager.Name, "alertmanager"),
-				{name: "urls", text: `["http://am1.example.org:9093", "http://am2.example.org:9093"]`, example: true, help: `Each gets each alert, as Prometheus does it.`,
+				{name: "urls", text: `["https://am1.example.org:9093", "https://am2.example.org:9093"]`, example: true, help: `Needed. Each gets each alert, as Prometheus does it.`,
 					read: some(list(&manager.URLs, alertmanagerURL))},
 				{name: "labels", text: "{cluster: edge-1}", example: true, aside: true, help: `Labels for each alert, beside its own.`,
 					read: pairsOf(&manager.Labels, label)},
@@ -233,7 +237,7 @@ func defaultName(kind string, i int) string {
 }
 
 func nameKey(to *string, text string) key {
-	return key{name: "name", text: text, help: "What the log and metrics call it.", read: one(to, name)}
+	return key{name: "name", text: text, help: "What the log and metrics call it.", read: one(to, sinkName)}
 }
 
 func timeoutKey(to *time.Duration) key {

@@ -59,6 +59,7 @@ type reader struct {
 	values   int
 	files    bool // look at the files that are named
 	problems []problem
+	excess   problem // there are more than maxValues
 }
 
 func parse(name string, text []byte, files bool) (*Config, error) {
@@ -69,8 +70,13 @@ func parse(name string, text []byte, files bool) (*Config, error) {
 		v, ok := r.resolve(value{node: root, pos: posOf(root)})
 		if ok {
 			r.mapping(v, keys(c), nil)
-			c.check(r)
+			if r.values <= maxValues {
+				c.check(r)
+			}
 		}
+	}
+	if r.values > maxValues {
+		r.problems = []problem{r.excess}
 	}
 	if len(r.problems) > 0 {
 		return nil, r.errors(name)
@@ -322,7 +328,7 @@ func (a anchorsOf) Visit(n ast.Node) ast.Visitor {
 func (r *reader) resolve(v value) (_ value, ok bool) {
 	if r.values++; r.values > maxValues {
 		if r.values == maxValues+1 {
-			r.refuse(v, "the file has more than %d values up to here, as many as aliases make of them; that is too many", maxValues)
+			r.excess = problem{pos: v.pos, path: v.path, text: fmt.Sprintf("up to here the file has more than %d values, those behind aliases counted for each; that is too many", maxValues)}
 		}
 		return v, false
 	}

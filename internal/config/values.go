@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"os"
 	"path"
 	"regexp"
 	"slices"
@@ -275,6 +276,14 @@ func name(s string) (string, error) {
 	return s, nil
 }
 
+// sinkName has no slash: behind it metrics have the host of each Alertmanager.
+func sinkName(s string) (string, error) {
+	if strings.Contains(s, "/") {
+		return "", fmt.Errorf("%s has a /, which names of sinks cannot have", quote(s))
+	}
+	return name(s)
+}
+
 // limitsOwn are the kinds of limit (limits.Limit.Kind) that are no rule's.
 var limitsOwn = []string{"TCP_LINGER2", "RTO", "--limit", "timewait timer", "tcp_fin_timeout"}
 
@@ -469,6 +478,16 @@ func file(to *string, check func([]byte) error) func(*reader, value) {
 		}
 		if err != nil {
 			r.refuse(v, "%s: %v", quote(*to), err)
+		}
+	}
+}
+
+// stateFile reads the path of a file that the daemon writes.
+func stateFile(to *string) func(*reader, value) {
+	return func(r *reader, v value) {
+		one(to, absoluteOrNone)(r, v)
+		if info, err := os.Stat(*to); r.files && err == nil && !info.Mode().IsRegular() {
+			r.refuse(v, "%s: is no regular file", quote(*to))
 		}
 	}
 }
