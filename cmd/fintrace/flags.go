@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -192,6 +193,11 @@ func (h *hostNames) refresh() {
 }
 
 func (h *hostNames) netnsName(inode uint32) string { return h.netns[inode] }
+
+// netnsLabel is its name, or its inode.
+func (h *hostNames) netnsLabel(inode uint32) string {
+	return cmp.Or(h.netns[inode], strconv.FormatUint(uint64(inode), 10))
+}
 
 func (h *hostNames) cgroupPath(id uint64) string {
 	path, known := h.cgroups[id]

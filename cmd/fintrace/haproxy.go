@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -168,17 +167,15 @@ const othersKept = 1000
 
 // warnings are what could not be looked at, of the processes in namespaces that
 // are selected.
-func (h *haproxies) warnings() (warnings []error) {
-	for _, problem := range h.found.Problems {
-		warnings = append(warnings, errors.New(problem))
-	}
+func (h *haproxies) warnings() []string {
+	warnings := slices.Clone(h.found.Problems)
 	for i := range h.found.Processes {
 		if netns := h.found.Processes[i].Netns; len(h.netns) > 0 && !slices.Contains(h.netns, netns) {
 			continue
 		}
 		for _, problem := range h.found.Processes[i].Problems {
-			if w := errors.New(problem); !slices.ContainsFunc(warnings, func(before error) bool { return before.Error() == problem }) {
-				warnings = append(warnings, w)
+			if !slices.Contains(warnings, problem) {
+				warnings = append(warnings, problem)
 			}
 		}
 	}

@@ -230,26 +230,28 @@ func oldest(a *Alert) string {
 // advice is the text of findings: of each its title, and what to change where.
 func advice(findings []report.Finding) []string {
 	var lines []string
-	for _, f := range findings {
-		lines = append(lines, report.Clean(f.Title))
-		lines = append(lines, fixes(&f)...)
+	for i := range findings {
+		lines = append(lines, report.Clean(findings[i].Title))
+		lines = append(lines, fixes(findings[i:i+1])...)
 	}
 	return lines
 }
 
-// fixes are the changes that a finding asks for, a line each.
-func fixes(f *report.Finding) []string {
+// fixes are the changes that findings ask for, a line each.
+func fixes(findings []report.Finding) []string {
 	var lines []string
-	for _, edit := range f.Fix {
-		text := edit.String()
-		if len(edit.Lines) > 0 {
-			trimmed := make([]string, len(edit.Lines))
-			for i, line := range edit.Lines {
-				trimmed[i] = strings.TrimSpace(line)
+	for i := range findings {
+		for _, edit := range findings[i].Fix {
+			text := edit.String()
+			if len(edit.Lines) > 0 {
+				paste := make([]string, len(edit.Lines))
+				for i, line := range edit.Lines {
+					paste[i] = strings.TrimSpace(line)
+				}
+				text += ": " + strings.Join(paste, "; ")
 			}
-			text += ": " + strings.Join(trimmed, "; ")
+			lines = append(lines, report.Clean(text))
 		}
-		lines = append(lines, report.Clean(text))
 	}
 	return lines
 }

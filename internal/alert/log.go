@@ -64,12 +64,8 @@ func writeAlert(ctx context.Context, handler slog.Handler, a *Alert) error {
 		slog.String("limit_source", report.Clean(a.LimitSource)),
 		slog.Time("starts_at", a.StartsAt),
 	)
-	var advice []string
-	for i := range a.Advice {
-		advice = append(advice, fixes(&a.Advice[i])...)
-	}
-	if len(advice) > 0 {
-		r.AddAttrs(slog.String("advice", strings.Join(advice, " | ")))
+	if lines := fixes(a.Advice); a.Firing() && len(lines) > 0 {
+		r.AddAttrs(slog.String("advice", strings.Join(lines, " | ")))
 	}
 	return handler.Handle(ctx, r)
 }

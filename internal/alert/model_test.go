@@ -432,10 +432,11 @@ func (r *run) checkBounds(t *rapid.T, s Settings) {
 	// same of the overflow, or in no alert that is known; all that is counted is
 	// counted once.
 	known, unknown := 0, 0
-	single := map[Labels]int{}
+	single, whole := map[Labels]int{}, map[Labels]int{}
 	for i := range r.conns {
 		l := labelsOf(&r.conns[i])
 		single[l]++
+		whole[l.family()]++
 		if f := l.family(); families[f] == 0 && families[overflow] == 0 {
 			unknown++
 		}
@@ -457,7 +458,7 @@ func (r *run) checkBounds(t *rapid.T, s Settings) {
 		rest := f
 		rest.Peer = Others
 		if a := firing[rest]; a != nil && families[f] < s.PeersPerGroup+1 && firing[l] == nil &&
-			n >= s.MinConnections && n > a.Count/(r.book.bounds.counters+1) {
+			n >= s.MinConnections && n > whole[f]/(r.book.bounds.counters+1) {
 			t.Fatalf("%d connections of %s are among %d others", n, text(l), a.Count)
 		}
 	}

@@ -156,7 +156,7 @@ func (r *running) stats(t *testing.T, name string) SinkStats {
 	return SinkStats{}
 }
 
-func within(d time.Duration) (context.Context, context.CancelFunc) {
+func closeTo(d time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), d)
 }
 
@@ -368,7 +368,7 @@ func TestCoalescedUnderWay(t *testing.T) {
 
 // A hundred thousand alerts while the sink is dead: bounded, counted, and
 // another sink has them all at once.
-func TestStorm(t *testing.T) {
+func TestOutboxStorm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const total, ids = 100_000, 5000
 		dead := receiver{answer: hang}
@@ -522,7 +522,7 @@ func TestClose(t *testing.T) {
 					synctest.Wait()
 				}
 				began := time.Now()
-				ctx, cancel := within(5 * time.Second)
+				ctx, cancel := closeTo(5 * time.Second)
 				defer cancel()
 				err := o.Close(ctx)
 				if got := fmt.Sprint(err); got != test.want && (test.want != "" || err != nil) {
@@ -567,7 +567,7 @@ func TestCloseDoesNotWaitForRetry(t *testing.T) {
 		r.answer = nil
 		r.mu.Unlock()
 		began := time.Now()
-		ctx, cancel := within(time.Second)
+		ctx, cancel := closeTo(time.Second)
 		defer cancel()
 		if err := o.Close(ctx); err != nil || time.Now() != began {
 			t.Errorf("Close: %v, after %s", err, time.Since(began))
@@ -710,7 +710,7 @@ func TestResend(t *testing.T) {
 		o.Send(event("c", Fired, 1))
 		synctest.Wait()
 		began := time.Now()
-		ctx, cancel := within(time.Minute)
+		ctx, cancel := closeTo(time.Minute)
 		defer cancel()
 		if err := o.Close(ctx); err != nil || time.Now() != began {
 			t.Errorf("Close: %v, after %s", err, time.Since(began))
@@ -735,7 +735,7 @@ func TestSendAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	ctx, cancel := within(10 * time.Second)
+	ctx, cancel := closeTo(10 * time.Second)
 	defer cancel()
 	if err := o.Close(ctx); err != nil {
 		t.Error(err)

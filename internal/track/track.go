@@ -166,9 +166,7 @@ func (t *Tracker) choose(c *conn) {
 
 // All calls fn for each connection, in no order, as of now.
 func (t *Tracker) All(now events.Time, fn func(Conn)) {
-	for _, i := range t.table {
-		fn(t.view(t.slab.at(i), now))
-	}
+	t.slab.each(func(c *conn) { fn(t.view(c, now)) })
 }
 
 // Overdue calls fn for each connection that is past its limit, in no order, as

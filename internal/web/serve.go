@@ -64,7 +64,11 @@ func Serve(ctx context.Context, addresses []string, configFile string, h http.Ha
 		listening = append(listening, l.Addr())
 	}
 	ready(listening)
+	return serve(ctx, listeners, configFile, h, logger)
+}
 
+// serve answers until ctx ends or a listener fails, and closes the listeners.
+func serve(ctx context.Context, listeners []net.Listener, configFile string, h http.Handler, logger *slog.Logger) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	failed := make(chan error, len(listeners))
@@ -85,7 +89,7 @@ func Serve(ctx context.Context, addresses []string, configFile string, h http.Ha
 		running.Go(func() {
 			noSystemd := false
 			err := toolkit.Serve(l, server, &toolkit.FlagConfig{
-				WebListenAddresses: &addresses, WebSystemdSocket: &noSystemd, WebConfigFile: &configFile,
+				WebSystemdSocket: &noSystemd, WebConfigFile: &configFile,
 			}, logger)
 			if !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("web listener %s: %s", l.Addr(), oneLine(err))

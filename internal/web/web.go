@@ -356,13 +356,16 @@ func (h *handler) connections(w http.ResponseWriter, r *http.Request) {
 	}
 	fmt.Fprintf(out, `{"at":%s,"total":%d,"connections":[`, at, found.Total)
 	// Record by record: the whole text need never be in memory.
-	encoder := json.NewEncoder(out)
 	for i := range found.Records {
+		text, err := json.Marshal(&found.Records[i])
+		if err != nil {
+			panic(http.ErrAbortHandler) // as above
+		}
 		if i > 0 {
 			out.WriteByte(',')
 		}
 		out.WriteByte('\n')
-		if err := encoder.Encode(&found.Records[i]); err != nil {
+		if _, err := out.Write(text); err != nil {
 			return // the connection
 		}
 	}
