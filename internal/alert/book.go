@@ -354,7 +354,7 @@ func (b *Book) notify(g *group, e Event, now events.Time) {
 func (b *Book) resolve(g *group, now events.Time) {
 	a := &g.life.alert
 	ends := b.wall(g.life.ended)
-	if ends.Before(a.StartsAt) { // It ended when it began, but for the readings of the clock.
+	if ends.Before(a.StartsAt) { // The clock was read twice, or what was saved is wrong.
 		ends = a.StartsAt
 	}
 	a.EndsAt, a.Count = &ends, 0
