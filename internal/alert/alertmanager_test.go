@@ -390,7 +390,7 @@ func TestRealAlertmanager(t *testing.T) {
 	o.Send(a)
 	has()
 	hears("resolved", "critical")
-	ctx, cancel := within(10 * time.Second)
+	ctx, cancel := closeTo(10 * time.Second)
 	defer cancel()
 	if err := o.Close(ctx); err != nil {
 		t.Error(err)
