@@ -62,7 +62,7 @@ func (b *Book) Restore(s Saved, now events.Time) error {
 	// back is a saved time as it is on our clock. One in the future shows that the
 	// wall clock was set back; it cannot have been after now.
 	back := func(t time.Time) events.Time {
-		return now.Add(-min(max(wall.Sub(t), 0), longest))
+		return now.Add(-max(wall.Sub(t), 0))
 	}
 	families := map[Labels]bool{} // overflow is no part of them
 	var refused []error
