@@ -167,7 +167,7 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 	if err := d.server.listen(c); err != nil {
 		return err
 	}
-	defer func() { d.server.stop() }()
+	defer d.server.end()
 	d.configure(c)
 	d.metrics.Reloaded(true, d.began)
 
