@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -122,20 +123,21 @@ func TestAlertmanagerResend(t *testing.T) {
 		// the one before.
 		a.Event, a.Count, a.Peak = Updated, 60, 60
 		o.Send(a)
-		time.Sleep(60 * time.Second)
+		time.Sleep(50 * time.Second)
 		a.Count = 10 // less than at its worst
 		o.Send(a)
-		time.Sleep(30 * time.Second)
+		time.Sleep(40 * time.Second)
 		ends := time.Now()
 		a.Event, a.Count, a.EndsAt = Resolved, 0, &ends
 		o.Send(a)
 		time.Sleep(time.Hour)
+		synctest.Wait()
 		want := []string{
 			"0s warning 192.0.2.7 4m0s",
 			"1m0s warning 192.0.2.7 4m0s",
 			"1m30s warning 192.0.2.7 0s",
 			"1m30s critical 192.0.2.7 4m0s",
-			"2m30s critical 192.0.2.7 4m0s",
+			"2m20s critical 192.0.2.7 4m0s",
 		}
 		for i := range 15 {
 			now := 3*time.Minute + time.Duration(i)*time.Minute
@@ -153,9 +155,9 @@ func TestAlertmanagerAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		noProxy(t)
 		var got []string
-		away := false
+		var away atomic.Bool
 		option := serve(t, func(w http.ResponseWriter, r *http.Request) {
-			if away {
+			if away.Load() {
 				w.WriteHeader(http.StatusBadGateway)
 				return
 			}
@@ -173,11 +175,12 @@ func TestAlertmanagerAway(t *testing.T) {
 		a.Maxconn, a.Peak = 100, 10
 		o.Send(a)
 		synctest.Wait()
-		away = true
+		away.Store(true)
 		a.Event, a.Peak = Updated, 50
 		o.Send(a)
 		time.Sleep(10 * time.Minute)
-		away = false
+		synctest.Wait()
+		away.Store(false)
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if diff := cmp.Diff([]string{"warning  4h0m0s", "warning  0s", "critical  4h0m0s"}, got); diff != "" {
@@ -387,6 +390,11 @@ func TestRealAlertmanager(t *testing.T) {
 	o.Send(a)
 	has()
 	hears("resolved", "critical")
+	ctx, cancel := closeTo(10 * time.Second)
+	defer cancel()
+	if err := o.Close(ctx); err != nil {
+		t.Error(err)
+	}
 	for _, s := range o.Stats() {
 		if s.Delivered != 3 || s.Failed != 0 || !s.Healthy {
 			t.Errorf("%+v", s)

@@ -718,9 +718,51 @@ func TestResend(t *testing.T) {
 	})
 }
 
+// slow is a log that does not take a line before it may.
+type slow chan struct{}
+
+func (s slow) Write(p []byte) (int, error) {
+	<-s
+	return len(p), nil
+}
+
+// Neither a sink nor the log can make Send wait.
+func TestSendDoesNotWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := make(slow)
+		refusing := receiver{answer: refuse}
+		o, err := NewOutbox([]Sink{refusing.sink("refusing")}, slog.New(slog.NewTextHandler(log, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- o.Run(ctx) }()
+		o.Send(event("a", Fired, 1))
+		synctest.Wait() // the worker is writing to the log
+		sent := make(chan struct{})
+		go func() {
+			o.Send(event("b", Fired, 1))
+			o.Stats()
+			close(sent)
+		}()
+		synctest.Wait()
+		select {
+		case <-sent:
+		default:
+			t.Error("it waits")
+		}
+		close(log)
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Run and Send at once from many goroutines, for the race detector.
 func TestSendAtOnce(t *testing.T) {
-	var r receiver
+	var r, others receiver
 	o := runOutbox(t, r.sink("hook"))
 	var wg sync.WaitGroup
 	for i := range 8 {
@@ -729,7 +771,7 @@ func TestSendAtOnce(t *testing.T) {
 				o.Send(event(fmt.Sprint(i), Updated, n))
 				o.Stats()
 			}
-			if err := o.Replace([]Sink{r.sink("hook"), r.sink(fmt.Sprint(i))}, nil); err != nil {
+			if err := o.Replace([]Sink{r.sink("hook"), others.sink(fmt.Sprint(i))}, nil); err != nil {
 				t.Error(err)
 			}
 		})

@@ -169,6 +169,8 @@ func states() map[string]state {
 	s.Groups = []Group{
 		group("www", events.Inbound, 443, 54, 0, 3, 42, 7980*time.Second, true),
 		group("app", events.Outbound, 8080, 2, 1, 0, 0, 240*time.Millisecond, false),
+		group("bulk", events.Inbound, 8443, 700, 0, 0, 0, 9*time.Second, false),
+		group("api", events.Inbound, 8443, 70, 0, 0, 43, 90*time.Second, false),
 	}
 	one := state{status: sum(s), alerts: []alert.Alert{firing(42, 57, "www", "198.51.100.22")}}
 	for i := range 42 {
@@ -286,6 +288,22 @@ func TestPageHostile(t *testing.T) {
 		if strings.Contains(found, "rm -rf") || strings.Contains(found, "script") {
 			t.Errorf("a name is in %s", found)
 		}
+	}
+}
+
+func TestViewConnections(t *testing.T) {
+	r := record(time.Minute, true, hostile, hostile)
+	r.HAProxy = &report.Place{Proxies: []string{hostile, hostile}, Server: hostile}
+	v := viewConnections([]report.Record{r})[0]
+	for _, text := range []string{v.Peer, v.Local, v.Proxy} {
+		if text != report.Clean(text) {
+			t.Errorf("%q", text)
+		}
+	}
+	known := connectionView{Age: "1m00s", Stage: "held", Peer: v.Peer, Local: v.Local, Side: "inbound", Process: "haproxy[1234]", Limit: "60s"}
+	known.Proxy, known.Source = v.Proxy, v.Source
+	if diff := cmp.Diff(known, v); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
 

@@ -159,6 +159,11 @@ func TestServeRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	free.Close()
 	dir := t.TempDir()
 	file := func(name, text string) string {
 		path := filepath.Join(dir, name)
@@ -180,8 +185,8 @@ func TestServeRefusals(t *testing.T) {
 		{"127.0.0.1:0", password, "web configuration " + password + ": crypto/bcrypt: hashedSecret too short to be a bcrypted password"},
 		{"127.0.0.1:0", filepath.Join(dir, "none"), "web configuration " + filepath.Join(dir, "none") + ": open " + filepath.Join(dir, "none") + ": no such file or directory"},
 	} {
-		// The first address can be had, and must be let go again.
-		err := Serve(t.Context(), []string{"127.0.0.1:0", test.address}, test.config, http.NotFoundHandler(), slog.New(slog.DiscardHandler),
+		// The first address can be had each time: it is let go again.
+		err := Serve(t.Context(), []string{free.Addr().String(), test.address}, test.config, http.NotFoundHandler(), slog.New(slog.DiscardHandler),
 			func(addrs []net.Addr) { t.Errorf("%s is listened on", addrs) })
 		if err == nil || err.Error() != test.want {
 			t.Errorf("%s %s:\n%v\nwant\n%s", test.address, test.config, err, test.want)
@@ -277,7 +282,7 @@ func TestServeTLS(t *testing.T) {
 
 // Clients that hang, in whatever part of a request, delay the end by the bound and no more.
 func TestServeHanging(t *testing.T) {
-	answering := make(chan struct{})
+	answering, written := make(chan struct{}), make(chan struct{})
 	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/endless": // its reader reads nothing
@@ -285,6 +290,7 @@ func TestServeHanging(t *testing.T) {
 			chunk := make([]byte, 1<<16)
 			for {
 				if _, err := w.Write(chunk); err != nil {
+					close(written)
 					return
 				}
 			}
@@ -312,8 +318,13 @@ func TestServeHanging(t *testing.T) {
 	say("GET / HTTP/1.1\r\nHo")
 	say("GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n")
 	<-answering
-	if took := s.ended(t); took < stopWithin-time.Second || took > stopWithin+time.Second {
+	if took := s.ended(t); took < stopWithin-time.Second || took > stopWithin+2*time.Second {
 		t.Errorf("it ended after %s", took)
+	}
+	select {
+	case <-written: // though its reader is still there
+	case <-time.After(writtenWithin / 2):
+		t.Error("an answer goes on after the end")
 	}
 	answer, err := io.ReadAll(waits)
 	if err != nil || !bytes.Contains(answer, []byte("503 Service Unavailable")) || !bytes.Contains(answer, []byte("the daemon is shutting down\n")) {

@@ -230,7 +230,7 @@ func (h *handler) refuseHost(r *http.Request) error {
 	if !ok || r.TLS != nil || r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
 		return nil
 	}
-	if at, err := netip.ParseAddrPort(local.String()); err != nil || !at.Addr().Unmap().IsLoopback() {
+	if at, err := netip.ParseAddrPort(local.String()); err != nil || !at.Addr().IsLoopback() {
 		return nil
 	}
 	name := r.Host

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -157,7 +158,7 @@ func TestQuery(t *testing.T) {
 		return Connections{}, nil
 	}
 	s.Netns = func(name string) (uint32, error) {
-		if name != "blue" {
+		if name == "green" {
 			return 0, errors.New("no such file")
 		}
 		return 4026532245, nil
@@ -260,15 +261,16 @@ func TestAtMost(t *testing.T) {
 	for path, most := range map[string]int{"/": requestsAtMost, "/api/v1/connections": listingsAtMost} {
 		synctest.Test(t, func(t *testing.T) {
 			s := states()["calm"].source()
-			waiting, let := 0, make(chan struct{})
+			var waiting atomic.Int32
+			let := make(chan struct{})
 			s.Connections = func(context.Context, Query) (Connections, error) {
-				waiting++
+				waiting.Add(1)
 				<-let
 				return Connections{}, nil
 			}
 			s.Status = func(context.Context) (Status, error) {
 				if path == "/" {
-					waiting++
+					waiting.Add(1)
 					<-let
 				}
 				return Status{}, nil
@@ -278,8 +280,8 @@ func TestAtMost(t *testing.T) {
 				go get(t, h, path)
 				synctest.Wait()
 			}
-			if waiting != most {
-				t.Errorf("%s: %d are being answered", path, waiting)
+			if n := int(waiting.Load()); n != most {
+				t.Errorf("%s: %d are being answered", path, n)
 			}
 			if w := get(t, h, path); w.Code != 503 || w.Header().Get("Retry-After") == "" || strings.Count(w.Body.String(), "\n") != 1 {
 				t.Errorf("%s: one more: %d %s", path, w.Code, w.Body)
