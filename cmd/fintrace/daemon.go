@@ -136,7 +136,7 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
 
-	d.metrics = metrics.New(metrics.BuildInfo{Version: version()})
+	d.metrics = metrics.New(metrics.BuildInfo{Version: version(), Revision: revision()})
 	d.names = newHostNames()
 	d.asked = make(chan func())
 	d.watch = &watch{
