@@ -38,6 +38,28 @@ var rooms = map[string]room{
 		may: []string{module + "internal/events", module + "internal/haproxy", module + "internal/limits", module + "internal/track"},
 		why: "it renders what it is given; " + kernelOnly,
 	},
+	"internal/alert": {
+		may: []string{module + "internal/events", module + "internal/haproxy", module + "internal/limits", module + "internal/track", module + "internal/report",
+			"github.com/prometheus/common/config", "github.com/cenkalti/backoff/v5", "github.com/coreos/go-systemd"},
+		why: "it decides from what the table shows, and delivers; " + kernelOnly,
+	},
+	"internal/metrics": {
+		may: []string{module + "internal/alert", module + "internal/events", module + "internal/haproxy", module + "internal/limits", module + "internal/track",
+			"github.com/prometheus/client_golang", "github.com/prometheus/client_model", "golang.org/x/sync"},
+		why: "it counts and shows what it is given; " + kernelOnly,
+	},
+	"internal/config": {
+		may: []string{
+			module + "internal/alert", module + "internal/events", module + "internal/haproxy", module + "internal/limits",
+			"github.com/goccy/go-yaml", "github.com/prometheus/common/config",
+		},
+		why: "it turns the file into settings, and does nothing with them",
+	},
+	"internal/web": {
+		may: []string{module + "internal/events", module + "internal/limits", module + "internal/track", module + "internal/report",
+			module + "internal/alert", "github.com/prometheus/exporter-toolkit"},
+		why: "it shows what it is given by functions: it knows neither the loop, nor the metrics' registry; " + kernelOnly,
+	},
 	"internal/probe": {
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},
 		why: "it reports facts, and decides nothing about them",

@@ -94,12 +94,14 @@ func (c *checking) run(ctx context.Context) error {
 	if in.OwnNetns, err = probe.OwnNetns(); err != nil {
 		c.unlooked = append(c.unlooked, err.Error())
 	}
+	var lookup probe.Lookup
+	defer lookup.Close()
 	for i := range processes {
 		inode := processes[i].Netns
 		if _, done := in.Sysctls[inode]; done {
 			continue
 		}
-		if in.Sysctls[inode], err = probe.Sysctls(inode); err != nil {
+		if in.Sysctls[inode], err = lookup.Sysctls(inode); err != nil {
 			c.unlooked = append(c.unlooked, err.Error())
 		}
 		if inode == 0 && processes[i].PID != 0 {

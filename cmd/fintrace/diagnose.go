@@ -192,7 +192,7 @@ func (d *diagnosing) collect(ctx context.Context, before map[uint32]map[string]i
 	e.Settings = map[uint32]events.Sysctls{}
 	e.States = map[events.State]int{}
 	for netns, counts := range after {
-		if e.Settings[netns], err = probe.Sysctls(netns); err != nil {
+		if e.Settings[netns], err = lookup.Sysctls(netns); err != nil {
 			d.unlooked(err)
 		}
 		d.tables(netns, before[netns], counts)

@@ -3,9 +3,9 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/probe"
 	"github.com/fintrace/fintrace/internal/report"
 	"github.com/fintrace/fintrace/internal/track"
@@ -54,15 +55,12 @@ func filterFlags(cmd *cobra.Command, minDuration time.Duration) *track.Filter {
 		cmd.Flags().Var(&parsed{kind: kind, parse: parse}, name, usage)
 	}
 	add("port", "port", "only connections with this local or remote port (repeatable)", each(func(s string) error {
-		n, err := strconv.ParseUint(s, 10, 16)
-		if err != nil || n == 0 {
-			return fmt.Errorf("a port is a number from 1 to 65535, not %q", s)
-		}
-		f.Ports = append(f.Ports, uint16(n))
-		return nil
+		n, err := limits.ParsePort(s)
+		f.Ports = append(f.Ports, n)
+		return err
 	}))
 	add("peer", "CIDR", "only connections with a peer of this address or block (repeatable)", each(func(s string) error {
-		p, err := parsePrefix(s)
+		p, err := limits.ParsePeer(s)
 		f.Peers = append(f.Peers, p)
 		return err
 	}))
@@ -89,18 +87,6 @@ func filterFlags(cmd *cobra.Command, minDuration time.Duration) *track.Filter {
 	})
 	durationFlag(cmd, &f.MinDuration, "min-duration", minDuration, "only connections in FIN_WAIT2 for at least this long")
 	return f
-}
-
-func parsePrefix(s string) (netip.Prefix, error) {
-	if p, err := netip.ParsePrefix(s); err == nil {
-		return p, nil
-	}
-	a, err := netip.ParseAddr(s)
-	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("a peer is an address or a block such as 192.0.2.7, 10.0.0.0/8 or 2001:db8::/32, not %q", s)
-	}
-	a = a.Unmap()
-	return netip.PrefixFrom(a, a.BitLen()), nil
 }
 
 func parseNetns(s string) (uint32, error) {
@@ -137,13 +123,9 @@ func netnsInode(path string) (uint32, error) {
 // durationFlag adds a flag for a duration that is not negative.
 func durationFlag(cmd *cobra.Command, d *time.Duration, name string, initial time.Duration, usage string) {
 	*d = initial
-	value := &parsed{kind: "duration", parse: func(s string) error {
-		n, err := time.ParseDuration(s)
-		if err != nil || n < 0 {
-			return fmt.Errorf("a duration is a number and its unit, such as 500ms, 30s or 1h30m, not %q", s)
-		}
-		*d = n
-		return nil
+	value := &parsed{kind: "duration", parse: func(s string) (err error) {
+		*d, err = limits.ParseDuration(s)
+		return err
 	}}
 	if initial != 0 {
 		value.text = []string{initial.String()}
@@ -182,30 +164,53 @@ func limitFlag(cmd *cobra.Command, held *time.Duration) {
 	durationFlag(cmd, held, "limit", 0, "how long a held connection may stay (default: tcp_fin_timeout of its namespace)")
 }
 
+// hostNames knows what the kernel has numbers for by name.
+type hostNames struct {
+	wall    probe.WallClock
+	netns   map[uint32]string
+	cgroups map[uint64]string
+}
+
 // cgroupsKept bounds the paths that are remembered.
 const cgroupsKept = 10_000
 
-// names looks up what the kernel has numbers for; namespaces that come later
-// than this call go unnamed.
-func names() *report.Names {
+func newHostNames() *hostNames {
+	h := &hostNames{cgroups: map[uint64]string{}}
+	h.refresh()
+	return h
+}
+
+// names looks them up; namespaces that come later than this call go unnamed.
+func names() *report.Names { return newHostNames().names() }
+
+// refresh looks up the network namespaces anew.
+func (h *hostNames) refresh() {
 	netns, err := probe.NamespaceNames()
 	if err != nil {
 		netns = nil // Names are a courtesy.
 	}
-	cgroups := map[uint64]string{}
-	return &report.Names{
-		Wall: new(probe.WallClock).Time,
-		Cgroup: func(id uint64) string {
-			path, known := cgroups[id]
-			if !known {
-				if len(cgroups) >= cgroupsKept {
-					clear(cgroups)
-				}
-				path = probe.CgroupPath(id)
-				cgroups[id] = path
-			}
-			return path
-		},
-		Netns: func(inode uint32) string { return netns[inode] },
+	h.netns = netns
+}
+
+func (h *hostNames) netnsName(inode uint32) string { return h.netns[inode] }
+
+// netnsLabel is its name, or its inode.
+func (h *hostNames) netnsLabel(inode uint32) string {
+	return cmp.Or(h.netns[inode], strconv.FormatUint(uint64(inode), 10))
+}
+
+func (h *hostNames) cgroupPath(id uint64) string {
+	path, known := h.cgroups[id]
+	if !known {
+		if len(h.cgroups) >= cgroupsKept {
+			clear(h.cgroups)
+		}
+		path = probe.CgroupPath(id)
+		h.cgroups[id] = path
 	}
+	return path
+}
+
+func (h *hostNames) names() *report.Names {
+	return &report.Names{Wall: h.wall.Time, Cgroup: h.cgroupPath, Netns: h.netnsName}
 }

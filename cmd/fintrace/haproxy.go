@@ -4,11 +4,15 @@ package main
 
 import (
 	"context"
-	"errors"
+	"fmt"
+	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/haproxy"
@@ -37,6 +41,18 @@ type haproxies struct {
 	others  map[int]bool       // that were looked up already
 	running chan haproxy.Found // of a look that goes on; nil if none does
 	began   events.Time        // the last look
+	stamp   string             // of the configuration files, by the last check
+}
+
+// use looks elsewhere from now on.
+func (h *haproxies) use(paths []string, socket string) {
+	if slices.Equal(paths, h.options.Paths) && socket == h.options.Socket {
+		return
+	}
+	// What the files of before said counts no longer, nor what a look that goes
+	// on finds in them.
+	h.options = haproxy.DiscoverOptions{Paths: paths, Socket: socket}
+	h.running, h.missing = nil, true
 }
 
 // look looks for them now.
@@ -52,6 +68,7 @@ func (h *haproxies) take(found haproxy.Found) bool {
 	h.found, h.options.Previous = found, found.Processes
 	if h.changed {
 		h.view = haproxy.NewView(found.Processes)
+		h.stamp = h.stampFiles()
 	}
 	return h.changed
 }
@@ -77,8 +94,12 @@ func (h *haproxies) refresh(ctx context.Context, now events.Time) {
 // hurry is between two looks where something is known to be new.
 const hurry = 100 * time.Millisecond
 
-// check asks masters for their children, which is cheap: a reload makes new ones.
+// check asks masters for their children, which is cheap: a reload makes new ones;
+// and looks whether a configuration file has been written.
 func (h *haproxies) check() {
+	if stamp := h.stampFiles(); stamp != h.stamp {
+		h.missing, h.stamp = true, stamp
+	}
 	for i := range h.found.Processes {
 		master := h.found.Processes[i].Master
 		if master == 0 {
@@ -88,6 +109,38 @@ func (h *haproxies) check() {
 			h.seen(pid)
 		}
 	}
+}
+
+// stampFiles changes when a configuration file does.
+func (h *haproxies) stampFiles() string {
+	var stamp strings.Builder
+	add := func(path string) {
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			fmt.Fprintf(&stamp, "%s %v\n", path, err)
+			return
+		}
+		fmt.Fprintf(&stamp, "%s %d %d %d %d\n", path, st.Ino, st.Size, st.Mtim.Sec, st.Mtim.Nsec)
+	}
+	for _, path := range h.options.Paths {
+		add(path)
+	}
+	seen := map[*haproxy.Config]bool{}
+	for i := range h.found.Processes {
+		p := &h.found.Processes[i]
+		if len(h.options.Paths) > 0 || p.Config == nil || seen[p.Config] {
+			continue
+		}
+		seen[p.Config] = true
+		for _, file := range p.Config.Files {
+			from := "root"
+			if !filepath.IsAbs(file) {
+				from = "cwd"
+			}
+			add(filepath.Join("/proc", strconv.Itoa(p.PID), from, file))
+		}
+	}
+	return stamp.String()
 }
 
 // noticed is for a process that holds or closes connections: one of HAProxy
@@ -114,17 +167,15 @@ const othersKept = 1000
 
 // warnings are what could not be looked at, of the processes in namespaces that
 // are selected.
-func (h *haproxies) warnings() (warnings []error) {
-	for _, problem := range h.found.Problems {
-		warnings = append(warnings, errors.New(problem))
-	}
+func (h *haproxies) warnings() []string {
+	warnings := slices.Clone(h.found.Problems)
 	for i := range h.found.Processes {
 		if netns := h.found.Processes[i].Netns; len(h.netns) > 0 && !slices.Contains(h.netns, netns) {
 			continue
 		}
 		for _, problem := range h.found.Processes[i].Problems {
-			if w := errors.New(problem); !slices.ContainsFunc(warnings, func(before error) bool { return before.Error() == problem }) {
-				warnings = append(warnings, w)
+			if !slices.Contains(warnings, problem) {
+				warnings = append(warnings, problem)
 			}
 		}
 	}

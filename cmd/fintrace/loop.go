@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"math"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +38,12 @@ type watch struct {
 	onEvent func(*events.Event) // each record, after the tracker has had it; may be nil
 	notify  func(*track.Notice)
 	warn    func(error) // of what could not be looked at
+	// turn is called when the table is up to date; it says when it wants to be
+	// called again if nothing happens. May be nil.
+	turn   func(now events.Time) (again events.Time)
+	looked func(took time.Duration, at time.Time) // after each snapshot; may be nil
+	// asked has what others want done between the loop's own steps; may be nil.
+	asked <-chan func()
 
 	rules     limits.Rules
 	haproxies *haproxies
@@ -49,6 +56,7 @@ type watch struct {
 	cost     time.Duration // of the last snapshot, of one processor
 
 	covered map[uint32]events.NetnsCounters // the namespaces of the last snapshot
+	skipped []string                        // those that it could not look at, each with why
 }
 
 // start attaches, and fills the table with what is in FIN_WAIT2 already.
@@ -62,7 +70,8 @@ func (w *watch) start(ctx context.Context) error {
 // seed takes the first snapshot, with HAProxy's proxies known.
 func (w *watch) seed(ctx context.Context) error {
 	w.haproxies.look(ctx)
-	w.useHAProxies()
+	w.rules.HAProxy = w.haproxies.view
+	w.warnOf(w.haproxies.warnings())
 	w.tracker.SetRules(w.rules, probe.Now())
 	return w.reconcile()
 }
@@ -72,12 +81,16 @@ func (w *watch) run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var drainAt events.Time // 0: no record is waiting
+	again := probe.Now()    // the first turn is at once
 	for {
 		now := probe.Now()
-		timer.Reset(max(w.nextWake(drainAt).Sub(now), 0))
+		timer.Reset(max(min(w.nextWake(drainAt), again).Sub(now), 0))
 		select {
 		case <-ctx.Done():
 			return w.finish()
+		case do := <-w.asked:
+			do()
+			continue
 		case <-w.probe.Ready():
 			if drainAt == 0 {
 				drainAt = probe.Now().Add(batchDelay)
@@ -85,9 +98,10 @@ func (w *watch) run(ctx context.Context) error {
 			continue
 		case found := <-w.haproxies.running:
 			if w.haproxies.take(found) {
-				w.useHAProxies()
+				w.rules.HAProxy = w.haproxies.view
 				w.each(w.tracker.SetRules(w.rules, probe.Now()))
 			}
+			w.warnOf(w.haproxies.warnings())
 			continue
 		case <-timer.C:
 		}
@@ -108,14 +122,16 @@ func (w *watch) run(ctx context.Context) error {
 		}
 		w.advance(now)
 		w.haproxies.refresh(ctx, now)
+		again = events.Time(math.MaxInt64)
+		if w.turn != nil {
+			again = w.turn(probe.Now())
+		}
 	}
 }
 
-// useHAProxies makes what has been found of HAProxy part of the rules.
-func (w *watch) useHAProxies() {
-	w.rules.HAProxy = w.haproxies.view
-	for _, err := range w.haproxies.warnings() {
-		w.warn(err)
+func (w *watch) warnOf(lines []string) {
+	for _, line := range lines {
+		w.warn(errors.New(line))
 	}
 }
 
@@ -226,9 +242,8 @@ func (w *watch) reconcile() error {
 		return err
 	}
 	w.each(w.tracker.Observe(unowned))
-	for _, skipped := range cov.Skipped {
-		w.warn(errors.New(skipped))
-	}
+	w.skipped = cov.Skipped
+	w.warnOf(cov.Skipped)
 	var lookup probe.Lookup
 	defer lookup.Close()
 	lookups := 0
@@ -241,6 +256,9 @@ func (w *watch) reconcile() error {
 	}))
 	w.cost = processorTime() - spent
 	w.began, w.ended, w.losses, w.covered = began, probe.Now(), losses, cov.Netns
+	if w.looked != nil {
+		w.looked(w.ended.Sub(began), time.Now())
+	}
 	return nil
 }
 

@@ -74,11 +74,12 @@ them, and which timer should have ended them.
   fintrace list      what is there now, the oldest first
   fintrace trace     watch them come, pass their limit, and go
   fintrace check     what HAProxy's configuration and the sysctls get wrong
+  fintrace daemon    alerts while they are stuck, metrics, a page
   fintrace demo      a pile-up of its own, to see it all work`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(traceCommand(e), listCommand(e), diagnoseCommand(e), checkCommand(e), demoCommand(e), versionCommand(e))
+	root.AddCommand(traceCommand(e), listCommand(e), diagnoseCommand(e), checkCommand(e), daemonCommand(e), demoCommand(e), versionCommand(e))
 	root.InitDefaultCompletionCmd()
 	root.InitDefaultHelpCmd()
 	insist(root)

@@ -147,14 +147,19 @@ func hold(ns *kerneltest.Namespace) (h held, err error) {
 	if err != nil {
 		return h, err
 	}
+	return h, h.shutdown()
+}
+
+// shutdown is the subject's: when it returns the connection is in FIN_WAIT2.
+func (h held) shutdown() error {
 	if err := h.subject.CloseWrite(); err != nil {
-		return h, err
+		return err
 	}
 	raw, err := h.subject.SyscallConn()
 	if err != nil {
-		return h, err
+		return err
 	}
-	return h, await("FIN_WAIT2", func() (there bool) {
+	return await("FIN_WAIT2", func() (there bool) {
 		err := raw.Control(func(fd uintptr) {
 			info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
 			there = err == nil && events.State(info.State) == events.FinWait2

@@ -19,13 +19,14 @@ type Labels struct {
 	Side    string `json:"side"`
 	Proxy   string `json:"proxy,omitempty"`  // of HAProxy
 	Server  string `json:"server,omitempty"` // of HAProxy, towards servers
-	Port    uint16 `json:"port"`             // that is listened on, or that we connect to
+	Port    uint16 `json:"port,omitempty"`   // that is listened on, or that we connect to; 0 where Proxy says it
 	Peer    string `json:"peer"`             // an address, a /64 of IPv6, or Others
 	Process string `json:"process,omitempty"`
 	Netns   string `json:"netns,omitempty"` // its name, else its inode; "" for the host's own
 }
 
-// Others stands for the peers that have no alert of their own.
+// Others stands for the peers that have no alert of their own, and in all labels
+// for the connections of more kinds than are told apart.
 const Others = "other"
 
 // Event is what has happened to an alert.
@@ -52,7 +53,7 @@ type Alert struct {
 
 	Count       int     `json:"count"` // 0 once it is resolved
 	Peak        int     `json:"peak"`
-	Oldest      float64 `json:"oldest_seconds"` // the oldest connection's time in FIN_WAIT2
+	Oldest      float64 `json:"oldest_seconds"` // the oldest connection's time in FIN_WAIT2, when there was one last
 	OldestExact bool    `json:"oldest_exact"`
 	LimitSource string  `json:"limit_source"` // of the oldest, in words
 	LimitSec    float64 `json:"limit_seconds"`

@@ -37,7 +37,22 @@ type FinTimeout struct {
 func (f FinTimeout) Explicit() bool { return strings.HasSuffix(f.Name, "-fin") }
 
 // Setting names the setting that it comes from, without its value.
-func (f FinTimeout) Setting() string { return "haproxy timeout " + f.Name }
+func (f *FinTimeout) Setting() string {
+	// It is asked of every connection: the usual ones are not put together each time.
+	switch f.Name {
+	case "client-fin":
+		return "haproxy timeout client-fin"
+	case "server-fin":
+		return "haproxy timeout server-fin"
+	case "client":
+		return "haproxy timeout client"
+	case "server":
+		return "haproxy timeout server"
+	case "tunnel":
+		return "haproxy timeout tunnel"
+	}
+	return "haproxy timeout " + f.Name
+}
 
 // String is its source in words: "haproxy.cfg:9 defaults timeout client 1h (client-fin unset)".
 func (f FinTimeout) String() string {

@@ -28,14 +28,14 @@ func OwnNetns() (uint32, error) {
 // Sysctls reads the sysctls of a network namespace, by inode; 0 is the caller's
 // own, which anybody may read. To enter another takes root. With an error come
 // those that could be read.
-func Sysctls(netns uint32) (events.Sysctls, error) {
+func (l *Lookup) Sysctls(netns uint32) (events.Sysctls, error) {
 	own, err := OwnNetns()
 	if err != nil {
 		return nil, err
 	}
 	var there *os.File
 	if netns != 0 && netns != own {
-		if there, err = openNetns(netns); err != nil {
+		if there, err = l.enter(netns); err != nil {
 			return nil, fmt.Errorf("sysctls of network namespace %d: %w", netns, err)
 		}
 		defer there.Close()
@@ -59,12 +59,8 @@ func Sysctls(netns uint32) (events.Sysctls, error) {
 	return found, nil
 }
 
-func openNetns(inode uint32) (*os.File, error) {
-	spaces, err := findNamespaces()
-	if err != nil {
-		return nil, err
-	}
-	f, err := spaces.open(inode)
+func (l *Lookup) enter(inode uint32) (*os.File, error) {
+	f, err := l.open(inode)
 	switch {
 	case err != nil && os.Geteuid() != 0:
 		return nil, errors.New("to enter it takes root")

@@ -20,7 +20,7 @@ func TestSysctlsOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, inode := range []uint32{0, own} {
-		got, err := probe.Sysctls(inode)
+		got, err := new(probe.Lookup).Sysctls(inode)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -48,7 +48,7 @@ func TestSysctlsElsewhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := probe.Sysctls(ns.Inode)
+	got, err := new(probe.Lookup).Sysctls(ns.Inode)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func TestSysctlsElsewhere(t *testing.T) {
 		t.Errorf("not those of the namespace: %v", got)
 	}
 	// There is one for the host, which this namespace does not show.
-	own, err := probe.Sysctls(0)
+	own, err := new(probe.Lookup).Sysctls(0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,7 @@ func TestSysctlsElsewhere(t *testing.T) {
 }
 
 func TestSysctlsNowhere(t *testing.T) {
-	if _, err := probe.Sysctls(1); err == nil || !strings.Contains(err.Error(), "network namespace 1: ") {
+	if _, err := new(probe.Lookup).Sysctls(1); err == nil || !strings.Contains(err.Error(), "network namespace 1: ") {
 		t.Errorf("no such namespace, and the error is %v", err)
 	}
 }

@@ -139,6 +139,14 @@ func Diagnose(e Evidence) Diagnosis {
 	return Diagnosis{Verdict: d.verdict(), Findings: d.findings, Figures: f}
 }
 
+// Advice is what Diagnose says of some of a host's connections: what lets them
+// pile up and what to change, and nothing that compares them with the others.
+func Advice(e Evidence) []Finding {
+	return slices.DeleteFunc(Diagnose(e).Findings, func(f Finding) bool {
+		return slices.Contains([]string{"not-seen", "closed-harmless", "peer-is-one"}, f.ID)
+	})
+}
+
 // add adds a finding, but for one that another process has given already.
 func (d *diagnoser) add(f Finding) {
 	if !slices.ContainsFunc(d.findings, func(other Finding) bool { return same(&f, &other) }) {

@@ -43,6 +43,7 @@ type scenario struct {
 	now       events.Time       // as the last command has it
 	cov       events.Coverage   // of the running snapshot
 	processes []haproxy.Process // that run
+	rules     limits.Rules
 }
 
 func newScenario() *scenario {
@@ -57,6 +58,7 @@ func newScenario() *scenario {
 //	leave   SOCKET [dead] [done] [rcvshut] [err=104] FIN_WAIT2 → CLOSE
 //	advance t=62s
 //	haproxy t=5s pid=7 [changed] [alone]            one runs with the configuration below; those before are old, or gone
+//	rules t=5s                                      the user's own, a line each: NAME fin_timeout=5s [local_port=80] [process=web] [proxy=app] [stage=held]
 //	begin t=70s, observe, end t=71s [covers=1,2] [overflow=3] [reused]
 //	snapshot t=70s ...                              all three
 //	state                                           what is in the table
@@ -83,7 +85,7 @@ func (s *scenario) run(d *datadriven.TestData) (string, error) {
 	}
 	switch d.Cmd {
 	case "new":
-		s.now, s.processes = boot, nil
+		s.now, s.processes, s.rules = boot, nil, limits.Rules{}
 		s.tracker = New(limits.Rules{Held: words.duration("held", 0)}, words.number("capacity", 100))
 		return "", nil
 	case "enter", "close", "leave":
@@ -99,6 +101,8 @@ func (s *scenario) run(d *datadriven.TestData) (string, error) {
 		return s.print(s.tracker.Advance(s.now, trusting)), nil
 	case "haproxy":
 		return s.haproxy(d, words)
+	case "rules":
+		return s.userRules(d.Input)
 	case "begin":
 		s.begin()
 		return "", nil
@@ -128,7 +132,39 @@ func (s *scenario) haproxy(d *datadriven.TestData, words words) (string, error) 
 		s.processes = nil
 	}
 	s.processes = append(s.processes, haproxy.Process{PID: words.number("pid", 0), Netns: 1, Config: c, Changed: words.is("changed")})
-	return s.print(s.tracker.SetRules(limits.Rules{HAProxy: haproxy.NewView(s.processes)}, s.now)), nil
+	s.rules.HAProxy = haproxy.NewView(s.processes)
+	return s.print(s.tracker.SetRules(s.rules, s.now)), nil
+}
+
+func (s *scenario) userRules(lines string) (string, error) {
+	s.rules.User = nil
+	for line := range strings.Lines(lines) {
+		name, args, err := datadriven.ParseLine(strings.TrimSpace(line))
+		if err != nil {
+			return "", err
+		}
+		words, err := newWords(args)
+		if err != nil {
+			return "", err
+		}
+		rule := limits.Rule{Name: name, FinTimeout: words.duration("fin_timeout", 0)}
+		if port := words.number("local_port", 0); port != 0 {
+			rule.Match.LocalPorts = []uint16{uint16(port)}
+		}
+		if name := words.text("process", ""); name != "" {
+			rule.Match.Processes = []string{name}
+		}
+		if name := words.text("proxy", ""); name != "" {
+			rule.Match.Proxies = []string{name}
+		}
+		if stage := words.text("stage", ""); stage != "" {
+			if rule.Match.Stage, err = events.ParseStage(stage); err != nil {
+				return "", err
+			}
+		}
+		s.rules.User = append(s.rules.User, rule)
+	}
+	return s.print(s.tracker.SetRules(s.rules, s.now)), nil
 }
 
 func (s *scenario) begin() {
@@ -253,7 +289,7 @@ func describe(c *Conn) string {
 type words map[string]string
 
 var vocabulary = strings.Fields(`t held capacity cookie netns fin_timeout linger2 rto local remote pid comm accepted
-	dead done rcvshut err covers overflow reused timer entry last_ack port late changed alone`)
+	dead done rcvshut err covers overflow reused timer entry last_ack port late changed alone local_port process proxy stage`)
 
 func newWords(args []datadriven.CmdArg) (words, error) {
 	w := words{}

@@ -166,17 +166,16 @@ func (t *Tracker) choose(c *conn) {
 
 // All calls fn for each connection, in no order, as of now.
 func (t *Tracker) All(now events.Time, fn func(Conn)) {
-	for _, i := range t.table {
-		fn(t.view(t.slab.at(i), now))
-	}
+	t.slab.each(func(c *conn) { fn(t.view(c, now)) })
 }
 
 // Overdue calls fn for each connection that is past its limit, in no order, as
-// of now.
+// of now. What fn is given is its own until it returns.
 func (t *Tracker) Overdue(now events.Time, fn func(*Conn)) {
+	var v Conn // One for all: there may be very many.
 	t.slab.each(func(c *conn) {
 		if c.overdue {
-			v := t.view(c, now)
+			v = t.view(c, now)
 			fn(&v)
 		}
 	})

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"time"
+
+	systemd "github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+
+	"github.com/fintrace/fintrace/internal/probe"
+	"github.com/fintrace/fintrace/internal/report"
+)
+
+// loop attaches, and goes on until ctx ends.
+func (d *daemon) loop(ctx context.Context) error {
+	if err := d.watch.start(ctx); err != nil {
+		return err
+	}
+	d.watch.advance(probe.Now())
+	d.changed = true
+	d.log.Info("watching", "connections", d.watch.tracker.Len(), "namespaces", len(d.watch.covered),
+		"haproxies", len(d.watch.haproxies.found.Processes))
+	d.tell(systemd.SdNotifyReady)
+	return d.watch.run(ctx)
+}
+
+// tell tells systemd, where it has started us. That it does not listen is no
+// reason to do otherwise.
+func (d *daemon) tell(state string) {
+	if _, err := systemd.SdNotify(false, state); err != nil {
+		d.log.Debug("systemd cannot be told", "state", state, "error", err)
+	}
+}
+
+// watchdog tells systemd that the loop lives, twice as often as it wants to hear.
+func (d *daemon) watchdog(ctx context.Context) error {
+	interval, err := systemd.SdWatchdogEnabled(false)
+	if err != nil || interval == 0 {
+		return nil
+	}
+	tick := time.NewTicker(interval / 2)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			if d.healthy() == nil {
+				d.tell(systemd.SdNotifyWatchdog)
+			}
+		}
+	}
+}
+
+// reloads reads the configuration anew at each SIGHUP.
+func (d *daemon) reloads(ctx context.Context) error {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, unix.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hangup:
+			d.tell(fmt.Sprintf("%s\nMONOTONIC_USEC=%d", systemd.SdNotifyReloading, monotonic().Microseconds()))
+			err := d.reload(ctx)
+			d.metrics.Reloaded(err == nil, time.Now())
+			if err != nil {
+				d.log.Error("the configuration is not taken, and the one before stays in force", "error", err)
+			} else {
+				d.log.Info("the configuration is in force", "file", d.path)
+			}
+			d.tell(systemd.SdNotifyReady)
+		}
+	}
+}
+
+// monotonic is CLOCK_MONOTONIC, by which systemd dates a reload.
+func monotonic() time.Duration {
+	var ts unix.Timespec
+	// Cannot fail, like CLOCK_BOOTTIME.
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+	return time.Duration(ts.Nano())
+}
+
+// looked follows each snapshot.
+func (d *daemon) looked(took time.Duration, at time.Time) {
+	d.metrics.Snapshot(took, at)
+	d.names.refresh()
+}
+
+// warn logs what could not be looked at, once.
+func (d *daemon) warn(err error) {
+	line := report.Clean(err.Error())
+	if slices.Contains(d.warned, line) {
+		return
+	}
+	if len(d.warned) == warnedKept {
+		d.warned = d.warned[1:]
+	}
+	d.warned = append(d.warned, line)
+	d.log.Warn("not looked at", "what", line)
+}
+
+// warnedKept bounds the warnings that are remembered.
+const warnedKept = 100
