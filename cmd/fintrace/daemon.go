@@ -51,14 +51,16 @@ SIGHUP reads the configuration anew; one that is wrong is not taken.`,
 		if !d.explicit {
 			d.path = defaultConfig
 		}
-		c, err := d.load()
+		d.logTo = newSwapHandler(slog.DiscardHandler)
+		d.log = slog.New(d.logTo)
+		s, err := d.prepare()
 		if err != nil {
 			return err
 		}
 		if check {
-			return c.Print(e.stdout)
+			return s.config.Print(e.stdout)
 		}
-		return d.run(cmd.Context(), c)
+		return d.run(cmd.Context(), s)
 	}
 	return cmd
 }
@@ -94,24 +96,37 @@ type daemon struct {
 	warned    []string // what could not be looked at and has been logged
 }
 
-// load reads the configuration file, or takes the defaults where there is none
-// and none was asked for.
-func (d *daemon) load() (*config.Config, error) {
-	c, err := config.Load(d.path)
-	if errors.Is(err, fs.ErrNotExist) && !d.explicit {
-		return config.Default(), nil
-	}
-	return c, err
+// prepared is a configuration, and all that can fail of putting it in force but
+// to listen.
+type prepared struct {
+	config *config.Config
+	sinks  []alert.Sink
+	log    slog.Handler
 }
 
-func (d *daemon) run(ctx context.Context, c *config.Config) (err error) {
-	d.began = time.Now()
-	handler, err := alert.NewHandler(c.Log.Format, d.env.stderr, c.Log.Level)
-	if err != nil {
-		return err
+// prepare reads the configuration file, or takes the defaults where there is none
+// and none was asked for.
+func (d *daemon) prepare() (p prepared, err error) {
+	p.config, err = config.Load(d.path)
+	if errors.Is(err, fs.ErrNotExist) && !d.explicit {
+		p.config, err = config.Default(), nil
 	}
-	d.logTo = newSwapHandler(handler)
-	d.log = slog.New(d.logTo)
+	if err != nil {
+		return p, err
+	}
+	if p.log, err = alert.NewHandler(p.config.Log.Format, d.env.stderr, p.config.Log.Level); err != nil {
+		return p, err
+	}
+	if p.sinks, err = d.sinks(p.config); err != nil {
+		return p, err
+	}
+	return p, web.Validate(p.config.Web.ConfigFile)
+}
+
+func (d *daemon) run(ctx context.Context, s prepared) (err error) {
+	d.began = time.Now()
+	d.logTo.use(s.log)
+	c := s.config
 	if d.own, err = probe.OwnNetns(); err != nil {
 		return err
 	}
@@ -121,7 +136,7 @@ func (d *daemon) run(ctx context.Context, c *config.Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
 
-	d.metrics = metrics.New(metrics.BuildInfo{Version: version()})
+	d.metrics = metrics.New(metrics.BuildInfo{Version: version(), Revision: revision()})
 	d.names = newHostNames()
 	d.asked = make(chan func())
 	d.watch = &watch{
@@ -143,11 +158,7 @@ func (d *daemon) run(ctx context.Context, c *config.Config) (err error) {
 			d.log.Warn("not all alerts that were firing before go on: the others fire anew", "error", err)
 		}
 	}
-	sinks, err := d.sinks(c)
-	if err != nil {
-		return err
-	}
-	if d.outbox, err = alert.NewOutbox(sinks, d.log); err != nil {
+	if d.outbox, err = alert.NewOutbox(s.sinks, d.log); err != nil {
 		return err
 	}
 
@@ -156,7 +167,7 @@ func (d *daemon) run(ctx context.Context, c *config.Config) (err error) {
 	if err := d.server.listen(c); err != nil {
 		return err
 	}
-	defer func() { d.server.stop() }()
+	defer d.server.end()
 	d.configure(c)
 	d.metrics.Reloaded(true, d.began)
 
@@ -168,7 +179,7 @@ func (d *daemon) run(ctx context.Context, c *config.Config) (err error) {
 	tasks.Go(func() error { return d.loop(ctx) })
 	err = tasks.Wait()
 	d.tell(systemd.SdNotifyStopping)
-	d.state.write(d.book.Save())
+	d.state.write(pending{d.state.path, d.book.Save()})
 	bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), d.config.ShutdownTimeout)
 	defer cancel()
 	return errors.Join(err, d.outbox.Close(bound))
@@ -182,30 +193,26 @@ func (d *daemon) configure(c *config.Config) {
 	d.watch.each(d.watch.tracker.SetRules(d.watch.rules, probe.Now()))
 	d.book.SetSettings(c.Alerts.Settings)
 	d.changed = true
+	if d.state.path != c.Alerts.StateFile {
+		d.state.path = c.Alerts.StateFile
+		d.state.save(d.book.Save())
+	}
 }
 
 // reload reads the configuration file again and puts it in force, or leaves all
 // as it is.
 func (d *daemon) reload(ctx context.Context) error {
-	c, err := d.load()
+	s, err := d.prepare()
 	if err != nil {
 		return err
 	}
-	sinks, err := d.sinks(c)
-	if err != nil {
-		return err
-	}
-	handler, err := alert.NewHandler(c.Log.Format, d.env.stderr, c.Log.Level)
-	if err != nil {
-		return err
-	}
-	if err := d.server.listen(c); err != nil {
+	if err := d.server.listen(s.config); err != nil {
 		return err
 	}
 	asked := d.ask(ctx, func() {
-		if err = d.outbox.Replace(sinks, d.firing()); err == nil {
-			d.configure(c)
-			d.logTo.use(handler)
+		if err = d.outbox.Replace(s.sinks, d.firing()); err == nil {
+			d.configure(s.config)
+			d.logTo.use(s.log)
 		}
 	})
 	return cmp.Or(asked, err)

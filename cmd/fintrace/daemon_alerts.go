@@ -3,6 +3,7 @@
 package main
 
 import (
+	"math"
 	"time"
 
 	"github.com/fintrace/fintrace/internal/alert"
@@ -32,21 +33,25 @@ const (
 	busy     = 10
 )
 
-// turn follows each turn of the loop.
+// turn follows each turn of the loop, and says when the next is due.
 func (d *daemon) turn(now events.Time) (again events.Time) {
 	d.alive.Store(int64(now))
-	next := events.Time(1<<63 - 1)
-	if due, ok := d.book.Next(); ok {
-		next = due
+	if d.due() <= now {
+		d.evaluate(now)
+	}
+	return d.due()
+}
+
+// due is when the book is to be asked.
+func (d *daemon) due() events.Time {
+	due, ok := d.book.Next()
+	if !ok {
+		due = math.MaxInt64
 	}
 	if d.changed {
-		next = min(next, d.evaluated.Add(max(restless, busy*d.cost)))
+		due = min(due, d.evaluated.Add(max(restless, busy*d.cost)))
 	}
-	if next > now {
-		return next
-	}
-	d.evaluate(now)
-	return d.turn(probe.Now())
+	return due
 }
 
 // sinks makes those of a configuration.

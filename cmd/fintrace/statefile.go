@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -20,22 +21,32 @@ import (
 type stateFile struct {
 	path   string // "": none is kept
 	log    *slog.Logger
-	latest chan alert.Saved // holds one
-	failed bool             // to write, the last time
+	latest chan pending // holds one
+	failed bool         // to write, the last time
+}
+
+// pending is what is to be written.
+type pending struct {
+	path  string
+	saved alert.Saved
 }
 
 func newStateFile(path string, log *slog.Logger) *stateFile {
-	return &stateFile{path: path, log: log, latest: make(chan alert.Saved, 1)}
+	return &stateFile{path: path, log: log, latest: make(chan pending, 1)}
 }
+
+// stateMost bounds what is read, in bytes: some thousand alerts are less.
+const stateMost = 16 << 20
 
 // read returns what was saved last; what cannot be read is as good as none.
 func (s *stateFile) read() (saved alert.Saved, ok bool) {
 	if s.path == "" {
 		return saved, false
 	}
-	text, err := os.ReadFile(s.path)
+	f, err := os.Open(s.path)
 	if err == nil {
-		err = json.Unmarshal(text, &saved)
+		defer f.Close()
+		err = json.NewDecoder(io.LimitReader(f, stateMost)).Decode(&saved)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		s.log.Warn("alerts that were firing before are not known: they fire anew", "error", err)
@@ -49,7 +60,7 @@ func (s *stateFile) save(saved alert.Saved) {
 	case <-s.latest: // Not written yet, and out of date.
 	default:
 	}
-	s.latest <- saved
+	s.latest <- pending{s.path, saved}
 }
 
 func (s *stateFile) run(ctx context.Context) error {
@@ -57,20 +68,20 @@ func (s *stateFile) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case saved := <-s.latest:
-			s.write(saved)
+		case p := <-s.latest:
+			s.write(p)
 		}
 	}
 }
 
-func (s *stateFile) write(saved alert.Saved) {
-	if s.path == "" {
+func (s *stateFile) write(p pending) {
+	if p.path == "" {
 		return
 	}
-	text, err := json.Marshal(saved)
+	text, err := json.Marshal(p.saved)
 	if err == nil {
 		// There is the old file or the new one, whole.
-		err = renameio.WriteFile(s.path, append(text, '\n'), 0o600)
+		err = renameio.WriteFile(p.path, append(text, '\n'), 0o600)
 	}
 	if err != nil && !s.failed {
 		s.log.Warn("which alerts fire cannot be kept: after a restart they fire anew", "error", err)

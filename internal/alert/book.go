@@ -20,8 +20,9 @@ type Settings struct {
 	PeersPerGroup  int     // peers with an alert of their own; 0: none has
 
 	ResolveAfter time.Duration // below the threshold for so long
-	UpdateEvery  time.Duration // an alert that changes is spoken of at most
-	RepeatEvery  time.Duration // and one that does not; 0: never
+	// An alert that is not below the threshold is spoken of at most every UpdateEvery
+	// if it changes much, and every RepeatEvery (0: never) in any case.
+	UpdateEvery, RepeatEvery time.Duration
 }
 
 // fewest is what a share of maxconn is not taken to be less than: one or two
@@ -354,7 +355,7 @@ func (b *Book) notify(g *group, e Event, now events.Time) {
 func (b *Book) resolve(g *group, now events.Time) {
 	a := &g.life.alert
 	ends := b.wall(g.life.ended)
-	if ends.Before(a.StartsAt) { // It ended when it began, but for the readings of the clock.
+	if ends.Before(a.StartsAt) { // The clock was read twice, or what was saved is wrong.
 		ends = a.StartsAt
 	}
 	a.EndsAt, a.Count = &ends, 0

@@ -107,6 +107,49 @@ func TestHostileNames(t *testing.T) {
 	}
 }
 
+// The cache of keys is bounded while it is filled, and right nevertheless.
+func TestKeysAreBounded(t *testing.T) {
+	book := NewBook(DefaultSettings(), new(clock).names(), hostns)
+	book.bounds.keys = 3
+	conns := pile(t, 200, 1)
+	for i := range conns {
+		conns[i].Process.Comm = [16]byte{'a' + byte(i%20)}
+	}
+	changes := book.Evaluate(boot, func(fn func(*track.Conn)) {
+		for i := range conns {
+			if fn(&conns[i]); len(book.byKey) > 3 {
+				t.Fatalf("%d keys", len(book.byKey))
+			}
+		}
+	})
+	if len(changes) != 20 {
+		t.Errorf("%d changes, not 20", len(changes))
+	}
+}
+
+// The oldest connection is the same in whichever order they come, alone and merged.
+func TestOldest(t *testing.T) {
+	conns := pile(t, 3, 1)
+	for i, d := range []time.Duration{2, 2, 1} {
+		conns[i].Duration = d * time.Second
+	}
+	for _, order := range [][]int{{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}} {
+		var all, first, rest tally
+		for n, i := range order {
+			all.add(&conns[i])
+			if n == 0 {
+				first.add(&conns[i])
+			} else {
+				rest.add(&conns[i])
+			}
+		}
+		first.merge(&rest)
+		if all.cookie != conns[0].Cookie || all.count != 3 || first != all {
+			t.Errorf("in the order %v: %+v, merged %+v", order, all, first)
+		}
+	}
+}
+
 // What the caller has set on an alert stays there.
 func TestExamplesAreKept(t *testing.T) {
 	book := NewBook(DefaultSettings(), new(clock).names(), hostns)
@@ -121,7 +164,7 @@ func TestExamplesAreKept(t *testing.T) {
 // saved is a state with one alert, changed.
 func saved(change func(*SavedAlert)) Saved {
 	a := SavedAlert{Labels: Labels{Limit: "tcp_fin_timeout", Stage: "held", Side: "inbound", Port: 443, Peer: "198.51.100.7"},
-		StartsAt: epoch, NotifiedAt: epoch, Count: 12, Peak: 12}
+		StartsAt: epoch, Peak: 12}
 	change(&a)
 	return Saved{Version: savedVersion, Alerts: []SavedAlert{a}}
 }
@@ -183,10 +226,11 @@ func TestRestoreRefuses(t *testing.T) {
 // past, and all of them resolve.
 func FuzzRestore(f *testing.F) {
 	for _, s := range []Saved{
-		{}, saved(func(*SavedAlert) {}), saved(func(a *SavedAlert) { a.Peak, a.Count = -1, 1<<62 }),
-		saved(func(a *SavedAlert) {
-			a.StartsAt, a.NotifiedAt, a.EndsAt = time.Time{}, epoch.Add(time.Hour), new(time.Time)
-		}),
+		{}, saved(func(*SavedAlert) {}), saved(func(a *SavedAlert) { a.Peak = -1 }),
+		saved(func(a *SavedAlert) { a.StartsAt, a.EndsAt = time.Time{}, new(time.Time) }),
+		saved(func(a *SavedAlert) { a.StartsAt, a.EndsAt = epoch.Add(-time.Hour), new(time.Time) }),
+		saved(func(a *SavedAlert) { a.StartsAt = epoch.Add(time.Hour) }),
+		saved(func(a *SavedAlert) { later := epoch.Add(time.Hour); a.EndsAt = &later }),
 		saved(func(a *SavedAlert) { a.LimitSec, a.LimitSource = -1, "\x1b" }),
 	} {
 		text, err := json.Marshal(s)

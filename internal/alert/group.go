@@ -31,7 +31,8 @@ type bounds struct {
 	// of HAProxy have keys of their own.
 	keys int
 	// sample is how many connections of a change are handed out: enough to judge
-	// the group by. Those of all changes together are at most samples: 8 MB.
+	// the group by. Those of all changes together are at most samples: 4 MB, and
+	// three times that while they are chosen.
 	sample, samples int
 }
 

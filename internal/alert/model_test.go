@@ -179,13 +179,12 @@ func (m *model) next(groups map[Labels][]*track.Conn) (at events.Time, ok bool) 
 
 // A run is a Book with what becomes overdue, and is no longer.
 type run struct {
-	book    *Book
-	clock   clock
-	now     events.Time
-	conns   []track.Conn
-	entered map[uint64]events.Time
-	cookie  uint64
-	rules   limits.Rules
+	book   *Book
+	clock  clock
+	now    events.Time
+	conns  []track.Conn
+	cookie uint64
+	rules  limits.Rules
 }
 
 var modelPeers = []string{"198.51.100.1", "198.51.100.2", "198.51.100.3", "2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:2::1"}

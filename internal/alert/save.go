@@ -16,7 +16,9 @@ import (
 // fields has another number.
 const savedVersion = 1
 
-// Saved is what a Book has to know of its alerts after a restart, as JSON.
+// Saved is what a Book has to know of its alerts after a restart, as JSON. When
+// they were last spoken of is no part of it, as the first word after a restart
+// does not depend on that.
 type Saved struct {
 	Version int          `json:"version"`
 	Alerts  []SavedAlert `json:"alerts"` // those with most connections first
@@ -27,8 +29,6 @@ type SavedAlert struct {
 	Labels      Labels     `json:"labels"`
 	StartsAt    time.Time  `json:"starts_at"`
 	EndsAt      *time.Time `json:"ends_at,omitempty"` // if it resolves; absent while it is above its threshold
-	NotifiedAt  time.Time  `json:"notified_at"`
-	Count       int        `json:"count"` // as of then
 	Peak        int        `json:"peak"`
 	LimitSource string     `json:"limit_source"`
 	LimitSec    float64    `json:"limit_seconds"`
@@ -39,8 +39,7 @@ func (b *Book) Save() Saved {
 	s := Saved{Version: savedVersion, Alerts: []SavedAlert{}}
 	for _, a := range b.Active() {
 		l := b.firing[a.Labels]
-		saved := SavedAlert{Labels: a.Labels, StartsAt: a.StartsAt, NotifiedAt: b.wall(l.notified),
-			Count: l.count, Peak: a.Peak, LimitSource: a.LimitSource, LimitSec: a.LimitSec}
+		saved := SavedAlert{Labels: a.Labels, StartsAt: a.StartsAt, Peak: a.Peak, LimitSource: a.LimitSource, LimitSec: a.LimitSec}
 		if l.low {
 			ends := b.wall(l.ended)
 			saved.EndsAt = &ends
@@ -63,7 +62,7 @@ func (b *Book) Restore(s Saved, now events.Time) error {
 	// back is a saved time as it is on our clock. One in the future shows that the
 	// wall clock was set back; it cannot have been after now.
 	back := func(t time.Time) events.Time {
-		return now.Add(-min(max(wall.Sub(t), 0), longest))
+		return now.Add(-max(wall.Sub(t), 0))
 	}
 	families := map[Labels]bool{} // overflow is no part of them
 	var refused []error
@@ -71,9 +70,7 @@ func (b *Book) Restore(s Saved, now events.Time) error {
 		saved := &s.Alerts[i]
 		labels := saved.Labels
 		l := &life{
-			alert:    Alert{ID: labels.id(), Event: Updated, Labels: labels, UpdatedAt: wall, Peak: within(saved.Peak)},
-			notified: back(saved.NotifiedAt),
-			count:    within(saved.Count),
+			alert:    Alert{ID: labels.id(), Event: Updated, Labels: labels, UpdatedAt: wall, Peak: min(max(saved.Peak, 0), math.MaxInt32)},
 			low:      true, // until some of its connections are seen
 			below:    now,
 			ended:    now,
@@ -94,7 +91,6 @@ func (b *Book) Restore(s Saved, now events.Time) error {
 		if age := wall.Sub(saved.StartsAt); age < 0 || age > longest {
 			l.started, l.alert.StartsAt = now, wall
 		}
-		l.ended = max(l.ended, l.started)
 		l.alert.LimitSource = report.Clean(saved.LimitSource)
 		if sec := saved.LimitSec; sec >= 0 && sec <= longest.Seconds() {
 			l.alert.LimitSec = sec
@@ -115,9 +111,6 @@ const (
 	// refusedSaid bounds the errors of one Restore.
 	refusedSaid = 10
 )
-
-// within makes a saved number one of connections.
-func within(n int) int { return min(max(n, 0), math.MaxInt32) }
 
 // check says why there can be no alert of these labels.
 func (b *Book) check(l Labels, p *peer, families map[Labels]bool) error {

@@ -33,25 +33,23 @@ func (l *Labels) id() string {
 	return fmt.Sprintf("%x", h.Sum(nil)[:8]) // 64 bits are enough for some thousand
 }
 
-// summary is the sentence for an alert as it is now.
+// summary is the sentence for an alert as it is now. All names in it are Clean
+// already.
 func summary(l *life, g *group) string {
 	a := &l.alert
 	where := l.where
 	if where == "" { // None of its connections has been seen since the restart.
 		where = a.Labels.where()
 	}
-	var text string
 	switch {
 	case a.EndsAt != nil:
-		text = fmt.Sprintf("resolved after %s: connections%s, %d at the peak",
+		return fmt.Sprintf("resolved after %s: connections%s, %d at the peak",
 			report.Duration(a.EndsAt.Sub(a.StartsAt)), where, a.Peak)
 	case a.Count == 0:
-		text = fmt.Sprintf("no longer any connections%s, %d at the peak", where, a.Peak)
-	default:
-		text = fmt.Sprintf("%s%s, the oldest for %s; limit %s (%s)", connections(a.Count), where,
-			age(g.oldest, g.exact), brief(g.limit.Duration), a.LimitSource)
+		return fmt.Sprintf("no longer any connections%s, %d at the peak", where, a.Peak)
 	}
-	return report.Clean(text)
+	return fmt.Sprintf("%s%s, the oldest for %s; limit %s (%s)", connections(a.Count), where,
+		age(g.oldest, g.exact), brief(g.limit.Duration), a.LimitSource)
 }
 
 func connections(n int) string {

@@ -108,6 +108,8 @@ func TestTooMuch(t *testing.T) {
 			"f:1:1: the file is larger than 1024 KiB"},
 		{"many values", "web: {listen: [" + strings.Repeat("x,", 2*maxValues) + "]}",
 			"f:1:20010: web.listen[9997]: " + excess},
+		{"many words", strings.Repeat("a: |\n b\n", 50_000), // 20 s without a bound
+			"f:30001:1: up to here the file has more than 60000 words and signs; that is too many"},
 		{"few values, with many aliases", "limits:\n- {match: {port: " + ports + "}}\n" + strings.Repeat("- {match: {port: *p}}\n", 100),
 			"f:2:1958: limits[9].match.port[968]: " + excess},
 	} {
@@ -466,7 +468,7 @@ func TestMeant(t *testing.T) {
 				if slices.ContainsFunc(known, func(k key) bool { return k.name == slip }) {
 					continue
 				}
-				if got := meant(slip, known); got != "did you mean "+k.name+"?" {
+				if got := (&reader{}).meant(slip, known); got != "did you mean "+k.name+"?" {
 					t.Errorf("%s for %s: %s", slip, k.name, got)
 				}
 			}

@@ -24,6 +24,10 @@ const (
 	// maxValues bounds the values of a file, those behind aliases counted
 	// wherever they are used: rules are compared with each other.
 	maxValues = 10_000
+	// maxTokens bounds the words and signs of a file: for some files the parser
+	// takes time that grows with their square. A value comes with a key, a colon, a
+	// dash or comma, and perhaps a comment.
+	maxTokens = 6 * maxValues
 	// maxDepth bounds how deep values are nested, for YAML's parser recurses.
 	// No key is deeper than five.
 	maxDepth = 32
@@ -59,7 +63,9 @@ type reader struct {
 	values   int
 	files    bool // look at the files that are named
 	problems []problem
-	excess   problem // there are more than maxValues
+	lengths  []int             // of the lines, in characters
+	excess   problem           // there are more than maxValues
+	paths    map[string]string // of keys, by name; nil until one is needed
 }
 
 func parse(name string, text []byte, files bool) (*Config, error) {
@@ -86,6 +92,12 @@ func parse(name string, text []byte, files bool) (*Config, error) {
 
 // errors is all problems, one a line.
 func (r *reader) errors(name string) error {
+	for i := range r.problems {
+		// Behind quoted text of several lines the parser's columns are too large.
+		p := &r.problems[i].pos
+		p.line = min(p.line, len(r.lengths))
+		p.column = min(p.column, r.lengths[p.line-1]+1)
+	}
 	slices.SortStableFunc(r.problems, func(a, b problem) int { return a.compare(b.pos) })
 	var all []error
 	for i, p := range r.problems {
@@ -133,6 +145,9 @@ func (r *reader) has(path string) bool {
 func (r *reader) root(text []byte) ast.Node {
 	text = bytes.TrimPrefix(text, []byte("\ufeff"))
 	text = bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n"))
+	for line := range bytes.SplitSeq(text, []byte("\n")) {
+		r.lengths = append(r.lengths, utf8.RuneCount(line))
+	}
 	if !r.plain(text) {
 		return nil
 	}
@@ -211,10 +226,13 @@ func (r *reader) plain(text []byte) bool {
 // YAML that settings have no use for.
 func (r *reader) tame(tokens token.Tokens) bool {
 	flow, entries, line := 0, 0, 0
-	for _, t := range tokens {
+	for i, t := range tokens {
 		refuse := func(text string) bool {
 			r.problems = append(r.problems, problem{pos: at(t), text: text})
 			return false
+		}
+		if i == maxTokens {
+			return refuse(fmt.Sprintf("up to here the file has more than %d words and signs; that is too many", maxTokens))
 		}
 		if t.Position.Line != line {
 			line, entries = t.Position.Line, 0
@@ -425,7 +443,7 @@ func (r *reader) mapping(v value, known []key, after func(*reader, value)) {
 	isMapping := r.eachPair(v, func(name string, written, v value) {
 		i := slices.IndexFunc(known, func(k key) bool { return k.name == name })
 		if i < 0 {
-			r.refuse(written, "unknown key %s; %s", quote(name), meant(name, known))
+			r.refuse(written, "unknown key %s; %s", quote(name), r.meant(name, known))
 			r.problems[len(r.problems)-1].unknown = true
 			return
 		}
@@ -584,7 +602,7 @@ func pairsOf(to *map[string]string, check func(name, text string) error) func(*r
 }
 
 // meant is the advice for a key that is not known.
-func meant(name string, known []key) string {
+func (r *reader) meant(name string, known []key) string {
 	const notClose = 1 << 10
 	best, closest := "", notClose
 	for _, k := range known {
@@ -599,7 +617,11 @@ func meant(name string, known []key) string {
 	if best != "" {
 		return "did you mean " + best + "?"
 	}
-	if path := find(keys(Default()), name, ""); path != "" {
+	if r.paths == nil {
+		r.paths = map[string]string{}
+		collect(r.paths, keys(Default()), "")
+	}
+	if path := r.paths[name]; path != "" {
 		return "it belongs there: " + path
 	}
 	var names []string
@@ -609,23 +631,20 @@ func meant(name string, known []key) string {
 	return "the keys here are " + strings.Join(names, ", ")
 }
 
-// find is the path of a key of that name, "" if there is none.
-func find(keys []key, name, above string) string {
-	for _, k := range keys {
+// collect notes the first path of each name of a key.
+func collect(paths map[string]string, known []key, above string) {
+	for _, k := range known {
 		path := above + k.name
-		if k.name == name {
-			return path
+		if paths[k.name] == "" {
+			paths[k.name] = path
 		}
 		below := k.keys
 		if k.items != nil {
 			path += "[]"
 			below, _ = k.items(0)
 		}
-		if found := find(below, name, path+"."); found != "" {
-			return found
-		}
+		collect(paths, below, path+".")
 	}
-	return ""
 }
 
 // distance is how many characters have to be changed, put in, left out or

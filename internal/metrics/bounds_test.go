@@ -196,6 +196,9 @@ func TestSettingsAreBounded(t *testing.T) {
 		}
 		for i := range 2 * configurations {
 			name := fmt.Sprintf("%d of %d", i, round)
+			if i == 0 {
+				name = "the first"
+			}
 			var sections []*haproxy.Proxy
 			for j := range 20 {
 				sections = append(sections, section(haproxy.Frontend, fmt.Sprintf("%s in %s", fmt.Sprint(j), name)))
@@ -223,6 +226,14 @@ func TestSettingsAreBounded(t *testing.T) {
 		}
 		if !slices.ContainsFunc(slices.Collect(maps.Keys(names)), func(name string) bool { return strings.Contains(name, metric.other) }) {
 			t.Errorf("%s has no %s", metric.name, metric.other)
+		}
+	}
+	for name, want := range map[string]float64{
+		`fintrace_haproxy_maxconn{haproxy="/etc/the first"}`:                                                  10,
+		`fintrace_haproxy_held_connections{haproxy="/etc/the first",proxy="0 in the first",worker="current"}`: 1,
+	} {
+		if second[name] != want {
+			t.Errorf("what came first has lost its series: %s is %v", name, second[name])
 		}
 	}
 	for name, want := range map[string]float64{
@@ -262,6 +273,10 @@ func TestNamespacesAreBounded(t *testing.T) {
 	_, come := after[`{netns="a new one"}`]
 	if gone || !host || !come || len(after) != namespaces {
 		t.Errorf("%d are shown; the host's own %v, what is gone %v, what has come %v", len(after), host, gone, come)
+	}
+	add("m07")
+	if diff := cmp.Diff(after, shown()); diff != "" {
+		t.Errorf("one that comes back too late changed what is shown:\n%s", diff)
 	}
 }
 

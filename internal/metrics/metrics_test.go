@@ -480,6 +480,7 @@ func TestUnknown(t *testing.T) {
 		{"frontend: answered", both(haproxy.Process{Config: config(path, www), Stats: []haproxy.ProxyStat{row}}), "haproxy_frontend_maxconn", map[string]float64{proxy: 50}},
 		{"frontend: no configuration", both(haproxy.Process{Stats: []haproxy.ProxyStat{row}}), "haproxy_frontend_connections",
 			map[string]float64{`{haproxy="unknown",proxy="www"}`: 3}},
+		{"frontend: no configuration, no limit", both(haproxy.Process{Stats: []haproxy.ProxyStat{{Proxy: "www", Server: "FRONTEND"}}}), "haproxy_frontend_maxconn", map[string]float64{}},
 		{"frontend: one of two does not answer", both(haproxy.Process{Config: config(path, www), Stats: []haproxy.ProxyStat{row}}, haproxy.Process{Config: config(path, www)}),
 			"haproxy_frontend_connections", map[string]float64{}},
 		{"frontend: not said", both(haproxy.Process{Config: config(path, www), Stats: []haproxy.ProxyStat{{Proxy: "www", Server: "FRONTEND", Scur: -1, Slim: -1}}}),
@@ -493,6 +494,7 @@ func TestUnknown(t *testing.T) {
 		{"configuration of an old one", both(haproxy.Process{Config: config(path), Changed: true, Old: true}, haproxy.Process{Config: config(path)}),
 			"haproxy_config_read", map[string]float64{labels: 1}},
 		{"only old ones", both(haproxy.Process{Config: config(path), Old: true}), "haproxy_config_read", map[string]float64{}},
+		{"only old ones: maxconn", both(haproxy.Process{Config: config(path), Old: true, Info: &haproxy.Info{Maxconn: 5}}), "haproxy_maxconn", map[string]float64{}},
 		{"old ones", both(haproxy.Process{Config: config(path), Old: true}), "haproxy_old_workers", map[string]float64{labels: 1}},
 
 		{"namespace: nothing", func(s *State) { s.Namespaces = []Namespace{{Name: Host}} }, "tcp_fin_timeout_seconds", map[string]float64{}},

@@ -91,7 +91,7 @@ func (s *State) Add(c *track.Conn) {
 	stage := &s.stages[n][c.Stage]
 	stage.count++
 	stage.oldest = max(stage.oldest, c.Duration)
-	if of.clients && c.Stage == events.Held {
+	if c.Stage == events.Held {
 		of.held++
 	}
 	if !c.Overdue {

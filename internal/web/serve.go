@@ -42,8 +42,8 @@ const (
 // file of the exporter toolkit, which has TLS and the users; it is read anew as
 // it changes. Ready is told what is listened on once all is.
 func Serve(ctx context.Context, addresses []string, configFile string, h http.Handler, logger *slog.Logger, ready func([]net.Addr)) error {
-	if err := toolkit.Validate(configFile); err != nil {
-		return fmt.Errorf("web configuration %s: %s", configFile, oneLine(err))
+	if err := Validate(configFile); err != nil {
+		return err
 	}
 	var (
 		listeners []net.Listener
@@ -108,6 +108,14 @@ func serve(ctx context.Context, listeners []net.Listener, configFile string, h h
 	running.Wait()
 	close(failed)
 	return <-failed // nil if none has
+}
+
+// Validate says what is wrong with a web configuration file, and nothing of "".
+func Validate(configFile string) error {
+	if err := toolkit.Validate(configFile); err != nil {
+		return fmt.Errorf("web configuration %s: %s", configFile, oneLine(err))
+	}
+	return nil
 }
 
 // whyNot is why an address cannot be listened on.
