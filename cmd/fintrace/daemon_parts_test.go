@@ -33,6 +33,7 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
+	under  []string
 	config string // the path of its configuration
 	at     string // the address it listens on
 	exited chan error
@@ -62,8 +63,18 @@ type logLine struct {
 // its own. It listens on loopback, logs as JSON, and keeps its state in DIR.
 func startDaemon(t *testing.T, config string) *daemonProcess {
 	t.Helper()
+	return startDaemonUnder(t, nil, config)
+}
+
+// startDaemonUnder has a daemon started by a command, in which DIR is its
+// directory, too.
+func startDaemonUnder(t *testing.T, command []string, config string) *daemonProcess {
+	t.Helper()
 	dir := t.TempDir()
 	d := &daemonProcess{t: t, dir: dir, config: filepath.Join(dir, "fintrace.yaml")}
+	for _, word := range command {
+		d.under = append(d.under, strings.ReplaceAll(word, "DIR", dir))
+	}
 	d.write(config)
 	d.start()
 	return d
@@ -89,7 +100,8 @@ func (d *daemonProcess) write(config string) {
 // start starts it, for the first time or again, and waits until it is ready.
 func (d *daemonProcess) start() {
 	d.t.Helper()
-	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
+	command := slices.Concat(d.under, []string{"fintrace", "daemon", "--config", d.config})
+	d.Cmd = exec.Command(command[0], command[1:]...)
 	stderr, err := d.StderrPipe()
 	if err != nil {
 		d.t.Fatal(err)

@@ -112,7 +112,7 @@ func rows(t *testing.T) (of map[string]int, native int) {
 	says(`(?m)^\| each HAProxy configuration; each of its frontends .* \| (\d+); (\d+) \|$`, ofHAProxy, ofFrontend)
 	says(`(?m)^\| each network namespace; the orphans \| (\d+); (\d+) \|$`, ofNetns, ofOrphans)
 	says(`(?m)^\| each sink \| (\d+) \|$`, ofSink)
-	says(`make (\d+) of\s+the (\d+);`, "native", "classic")
+	says(`make (\d+) of the (\d+):`, "native", "classic")
 	if sum := of[ofHistograms] + of[ofItself] + of[ofRuntime]; sum != of["fixed"] || of["classic"] != of[ofHistograms] {
 		t.Errorf("deploy/README.md adds up wrong: %v", of)
 	}
