@@ -33,8 +33,9 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
-	config string // the path of its configuration
-	at     string // the address it listens on
+	config string   // the path of its configuration
+	at     string   // the address it listens on
+	stderr *os.File // in place of one that is read; at has to be set then
 	exited chan error
 
 	mu    sync.Mutex
@@ -80,7 +81,11 @@ func (d *daemonProcess) write(config string) {
 		text = strings.Replace(text, "alerts: {", "alerts: {state_file: "+d.dir+"/alerts.json, ", 1)
 		text = strings.Replace(text, ", }", "}", 1)
 	}
-	text += "\nlog: {format: json}\nweb: {listen: \"127.0.0.1:0\"}\n"
+	for _, part := range []string{"log: {format: json}", `web: {listen: "127.0.0.1:0"}`} {
+		if key, _, _ := strings.Cut(part, " "); !strings.Contains(text, "\n"+key) {
+			text += "\n" + part + "\n"
+		}
+	}
 	if err := os.WriteFile(d.config, []byte(text), 0o600); err != nil {
 		d.t.Fatal(err)
 	}
@@ -90,8 +95,11 @@ func (d *daemonProcess) write(config string) {
 func (d *daemonProcess) start() {
 	d.t.Helper()
 	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
-	stderr, err := d.StderrPipe()
-	if err != nil {
+	var stderr io.ReadCloser
+	var err error
+	if d.stderr != nil {
+		d.Stderr, stderr = d.stderr, io.NopCloser(strings.NewReader(""))
+	} else if stderr, err = d.StderrPipe(); err != nil {
 		d.t.Fatal(err)
 	}
 	// It ends with the test's process, however that ends.
@@ -118,8 +126,10 @@ func (d *daemonProcess) start() {
 		}
 	})
 	began := time.Now()
-	d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
-	d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	if d.stderr == nil {
+		d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
+		d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	}
 	if err := await("it to be ready", func() bool { code, _ := d.get("/readyz"); return code == http.StatusOK }); err != nil {
 		d.t.Fatal(err)
 	}
