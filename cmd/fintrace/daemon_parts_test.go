@@ -33,9 +33,9 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
-	config string   // the path of its configuration
-	at     string   // the address it listens on
-	stderr *os.File // in place of one that is read; at has to be set then
+	config string          // the path of its configuration
+	at     string          // the address it listens on
+	log    func(*exec.Cmd) // sends its log elsewhere; at has to be known then
 	exited chan error
 
 	mu    sync.Mutex
@@ -63,10 +63,17 @@ type logLine struct {
 // its own. It listens on loopback, logs as JSON, and keeps its state in DIR.
 func startDaemon(t *testing.T, config string) *daemonProcess {
 	t.Helper()
+	d := newDaemon(t, config)
+	d.start()
+	return d
+}
+
+// newDaemon is startDaemon without the start.
+func newDaemon(t *testing.T, config string) *daemonProcess {
+	t.Helper()
 	dir := t.TempDir()
 	d := &daemonProcess{t: t, dir: dir, config: filepath.Join(dir, "fintrace.yaml")}
 	d.write(config)
-	d.start()
 	return d
 }
 
@@ -97,8 +104,9 @@ func (d *daemonProcess) start() {
 	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
 	var stderr io.ReadCloser
 	var err error
-	if d.stderr != nil {
-		d.Stderr, stderr = d.stderr, io.NopCloser(strings.NewReader(""))
+	if d.log != nil {
+		stderr = io.NopCloser(strings.NewReader(""))
+		d.log(d.Cmd)
 	} else if stderr, err = d.StderrPipe(); err != nil {
 		d.t.Fatal(err)
 	}
@@ -126,7 +134,7 @@ func (d *daemonProcess) start() {
 		}
 	})
 	began := time.Now()
-	if d.stderr == nil {
+	if d.log == nil {
 		d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
 		d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
 	}
