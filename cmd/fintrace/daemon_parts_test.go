@@ -347,9 +347,15 @@ func (d *daemonProcess) signal(s os.Signal) {
 // test's process holds in FIN_WAIT2.
 func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) (all []held) {
 	t.Helper()
+	return holdAt(t, ns, &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}, n)
+}
+
+// holdAt is holdSome at an address.
+func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all []held) {
+	t.Helper()
 	var l *net.TCPListener
 	var err error
-	ns.Do(func() { l, err = net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}) })
+	ns.Do(func() { l, err = net.ListenTCP("tcp4", at) })
 	if err != nil {
 		t.Fatal(err)
 	}
