@@ -33,8 +33,9 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
-	config string // the path of its configuration
-	at     string // the address it listens on
+	config string          // the path of its configuration
+	at     string          // the address it listens on
+	log    func(*exec.Cmd) // sends its log elsewhere; at has to be known then
 	exited chan error
 
 	mu    sync.Mutex
@@ -62,10 +63,17 @@ type logLine struct {
 // its own. It listens on loopback, logs as JSON, and keeps its state in DIR.
 func startDaemon(t *testing.T, config string) *daemonProcess {
 	t.Helper()
+	d := newDaemon(t, config)
+	d.start()
+	return d
+}
+
+// newDaemon is startDaemon without the start.
+func newDaemon(t *testing.T, config string) *daemonProcess {
+	t.Helper()
 	dir := t.TempDir()
 	d := &daemonProcess{t: t, dir: dir, config: filepath.Join(dir, "fintrace.yaml")}
 	d.write(config)
-	d.start()
 	return d
 }
 
@@ -80,7 +88,11 @@ func (d *daemonProcess) write(config string) {
 		text = strings.Replace(text, "alerts: {", "alerts: {state_file: "+d.dir+"/alerts.json, ", 1)
 		text = strings.Replace(text, ", }", "}", 1)
 	}
-	text += "\nlog: {format: json}\nweb: {listen: \"127.0.0.1:0\"}\n"
+	for _, part := range []string{"log: {format: json}", `web: {listen: "127.0.0.1:0"}`} {
+		if key, _, _ := strings.Cut(part, " "); !strings.Contains(text, "\n"+key) {
+			text += "\n" + part + "\n"
+		}
+	}
 	if err := os.WriteFile(d.config, []byte(text), 0o600); err != nil {
 		d.t.Fatal(err)
 	}
@@ -90,8 +102,12 @@ func (d *daemonProcess) write(config string) {
 func (d *daemonProcess) start() {
 	d.t.Helper()
 	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
-	stderr, err := d.StderrPipe()
-	if err != nil {
+	var stderr io.ReadCloser
+	var err error
+	if d.log != nil {
+		stderr = io.NopCloser(strings.NewReader(""))
+		d.log(d.Cmd)
+	} else if stderr, err = d.StderrPipe(); err != nil {
 		d.t.Fatal(err)
 	}
 	// It ends with the test's process, however that ends.
@@ -118,8 +134,10 @@ func (d *daemonProcess) start() {
 		}
 	})
 	began := time.Now()
-	d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
-	d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	if d.log == nil {
+		d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
+		d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	}
 	if err := await("it to be ready", func() bool { code, _ := d.get("/readyz"); return code == http.StatusOK }); err != nil {
 		d.t.Fatal(err)
 	}
@@ -329,9 +347,15 @@ func (d *daemonProcess) signal(s os.Signal) {
 // test's process holds in FIN_WAIT2.
 func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) (all []held) {
 	t.Helper()
+	return holdAt(t, ns, &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}, n)
+}
+
+// holdAt is holdSome at an address.
+func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all []held) {
+	t.Helper()
 	var l *net.TCPListener
 	var err error
-	ns.Do(func() { l, err = net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}) })
+	ns.Do(func() { l, err = net.ListenTCP("tcp4", at) })
 	if err != nil {
 		t.Fatal(err)
 	}
