@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -33,9 +34,10 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
-	under  []string
-	config string // the path of its configuration
-	at     string // the address it listens on
+	under  []string        // the command that starts it, if there is one
+	config string          // the path of its configuration
+	at     string          // the address it listens on
+	log    func(*exec.Cmd) // sends its log elsewhere; at has to be known then
 	exited chan error
 
 	mu    sync.Mutex
@@ -63,20 +65,17 @@ type logLine struct {
 // its own. It listens on loopback, logs as JSON, and keeps its state in DIR.
 func startDaemon(t *testing.T, config string) *daemonProcess {
 	t.Helper()
-	return startDaemonUnder(t, nil, config)
+	d := newDaemon(t, config)
+	d.start()
+	return d
 }
 
-// startDaemonUnder has a daemon started by a command, in which DIR is its
-// directory, too.
-func startDaemonUnder(t *testing.T, command []string, config string) *daemonProcess {
+// newDaemon is startDaemon without the start.
+func newDaemon(t *testing.T, config string) *daemonProcess {
 	t.Helper()
 	dir := t.TempDir()
 	d := &daemonProcess{t: t, dir: dir, config: filepath.Join(dir, "fintrace.yaml")}
-	for _, word := range command {
-		d.under = append(d.under, strings.ReplaceAll(word, "DIR", dir))
-	}
 	d.write(config)
-	d.start()
 	return d
 }
 
@@ -91,7 +90,11 @@ func (d *daemonProcess) write(config string) {
 		text = strings.Replace(text, "alerts: {", "alerts: {state_file: "+d.dir+"/alerts.json, ", 1)
 		text = strings.Replace(text, ", }", "}", 1)
 	}
-	text += "\nlog: {format: json}\nweb: {listen: \"127.0.0.1:0\"}\n"
+	for _, part := range []string{"log: {format: json}", `web: {listen: "127.0.0.1:0"}`} {
+		if key, _, _ := strings.Cut(part, " "); !strings.Contains(text, "\n"+key) {
+			text += "\n" + part + "\n"
+		}
+	}
 	if err := os.WriteFile(d.config, []byte(text), 0o600); err != nil {
 		d.t.Fatal(err)
 	}
@@ -102,8 +105,12 @@ func (d *daemonProcess) start() {
 	d.t.Helper()
 	command := slices.Concat(d.under, []string{"fintrace", "daemon", "--config", d.config})
 	d.Cmd = exec.Command(command[0], command[1:]...)
-	stderr, err := d.StderrPipe()
-	if err != nil {
+	var stderr io.ReadCloser
+	var err error
+	if d.log != nil {
+		stderr = io.NopCloser(strings.NewReader(""))
+		d.log(d.Cmd)
+	} else if stderr, err = d.StderrPipe(); err != nil {
 		d.t.Fatal(err)
 	}
 	// It ends with the test's process, however that ends.
@@ -130,8 +137,10 @@ func (d *daemonProcess) start() {
 		}
 	})
 	began := time.Now()
-	d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
-	d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	if d.log == nil {
+		d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
+		d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	}
 	if err := await("it to be ready", func() bool { code, _ := d.get("/readyz"); return code == http.StatusOK }); err != nil {
 		d.t.Fatal(err)
 	}
@@ -339,13 +348,34 @@ func (d *daemonProcess) signal(s os.Signal) {
 
 // holdSome makes connections of one peer at one listener of a namespace, which the
 // test's process holds in FIN_WAIT2.
-func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) (all []held) {
+func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) []held {
 	t.Helper()
-	var l *net.TCPListener
-	var err error
-	ns.Do(func() { l, err = net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}) })
+	return holdAt(t, ns, anyPort, n)
+}
+
+// anyPort is where connections are held that may be anywhere.
+var anyPort = &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}
+
+// holdAt is holdSome at an address.
+func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) []held {
+	t.Helper()
+	all, err := holdAll(ns, at, n)
+	for _, h := range all {
+		t.Cleanup(h.close)
+	}
 	if err != nil {
 		t.Fatal(err)
+	}
+	return all
+}
+
+// holdAll is holdAt for any goroutine. What it returns is to be closed, where
+// it fails too.
+func holdAll(ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all []held, err error) {
+	var l *net.TCPListener
+	ns.Do(func() { l, err = net.ListenTCP("tcp4", at) })
+	if err != nil {
+		return nil, err
 	}
 	defer l.Close()
 	for range n {
@@ -353,17 +383,17 @@ func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) (all []held) {
 		ns.Do(func() {
 			h.peer, err = net.DialTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 201)}, l.Addr().(*net.TCPAddr))
 		})
-		if err == nil {
-			h.subject, err = l.AcceptTCP()
-		}
-		if err == nil {
-			err = h.shutdown()
-		}
 		if err != nil {
-			t.Fatal(err)
+			return all, err
 		}
-		t.Cleanup(h.close)
+		h.subject, err = l.AcceptTCP()
+		if err != nil {
+			return all, errors.Join(err, h.peer.Close())
+		}
 		all = append(all, h)
+		if err := h.shutdown(); err != nil {
+			return all, err
+		}
 	}
-	return all
+	return all, nil
 }

@@ -19,10 +19,10 @@ import (
 
 // asUnit is a shell's script that starts what follows as the unit does, as far as
 // that can be done without systemd: on a file system that is read-only but for
-// DIR, where the directory of HAProxy's files is hidden as PrivateTmp= hides it.
+// one directory, where the directory of HAProxy's files is hidden as PrivateTmp= hides it.
 const asUnit = `
 set -e
-mount --bind DIR DIR
+mount --bind "$WRITABLE" "$WRITABLE"
 mount -t tmpfs tmpfs "$HIDDEN"
 mount --bind /proc/sys /proc/sys
 for at in / /sys /proc/sys; do
@@ -58,15 +58,18 @@ func TestDaemonPrivileges(t *testing.T) {
 	w := newWorld(t)
 	w.finTimeout(1)
 	w.listen(w.internet, labServer, w.answers)
-	w.runs(liveConfig)
+	proxy := "live-" + inode(w.host)
+	w.runs(liveConfig(proxy))
 	// The configuration is not root's, and nobody else may read it.
 	const nobody = 65534
 	config := w.haproxy.ConfigPath()
 	if err := os.Chown(config, nobody, nobody); err != nil {
 		t.Fatal(err)
 	}
-	d := startDaemonUnder(t, []string{"env", "CAPABILITIES=" + capabilities, "HIDDEN=" + filepath.Dir(config),
-		"unshare", "--mount", "--propagation=private", "sh", "-c", asUnit, "sh"}, "")
+	d := newDaemon(t, "")
+	d.under = []string{"env", "WRITABLE=" + d.dir, "HIDDEN=" + filepath.Dir(config), "CAPABILITIES=" + capabilities,
+		"unshare", "--mount", "--propagation=private", "sh", "-c", asUnit, "sh"}
+	d.start()
 
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.Process.Pid))
 	if err != nil {
@@ -88,7 +91,7 @@ func TestDaemonPrivileges(t *testing.T) {
 		t.Fatalf("there are %d alerts: %+v", len(alerts), alerts)
 	}
 	a := alerts[0]
-	if a.Labels.Process != "haproxy" || a.Labels.Proxy != "live-https" || a.Maxconn != 50 {
+	if a.Labels.Process != "haproxy" || a.Labels.Proxy != proxy || a.Maxconn != 50 {
 		t.Errorf("the alert is of %+v, maxconn %d", a.Labels, a.Maxconn)
 	}
 	want := "haproxy.cfg:" + strconv.Itoa(lineOf(t, config, "timeout client")) + " defaults timeout client 1h (client-fin unset); net.ipv4.tcp_fin_timeout 1s"
