@@ -24,8 +24,10 @@ import (
 
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxytest"
 	"github.com/fintrace/fintrace/internal/kerneltest"
 	"github.com/fintrace/fintrace/internal/probe"
+	"github.com/fintrace/fintrace/internal/report"
 	"github.com/fintrace/fintrace/internal/track"
 )
 
@@ -712,4 +714,244 @@ func TestDaemonTwice(t *testing.T) {
 	if err := d.end(); err != nil {
 		t.Error(err)
 	}
+}
+
+// relay is the configuration of a HAProxy in front of a server at port 20000.
+const relay = `
+defaults
+	mode tcp
+	timeout connect 10s
+	timeout client 1h
+	timeout client-fin FIN
+	timeout server 1h
+frontend web
+	bind 127.0.0.1:7000
+	default_backend servers
+backend servers
+	server origin 127.0.0.1:20000
+`
+
+// behind starts the system's HAProxy with a client-fin, and the server behind it.
+func behind(t *testing.T, ns *kerneltest.Namespace, mode haproxytest.Mode, fin string) (h *haproxytest.HAProxy, origin net.Listener) {
+	t.Helper()
+	versions := haproxytest.Versions(t)
+	own := slices.IndexFunc(versions, func(v haproxytest.Version) bool { return v.Root == "" })
+	if own < 0 {
+		t.Skip("not run: haproxy is not installed")
+	}
+	var err error
+	ns.Do(func() { origin, err = net.Listen("tcp4", "127.0.0.1:20000") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { origin.Close() })
+	return haproxytest.Start(t, ns, versions[own], mode, strings.Replace(relay, "FIN", fin, 1)), origin
+}
+
+// pinned makes a connection through HAProxy that it holds towards the client, and
+// waits until the daemon says of it what is wanted.
+func (d *daemonProcess) pinned(ns *kerneltest.Namespace, origin net.Listener, want func(*report.Record) bool) {
+	d.t.Helper()
+	client, server := through(d.t, ns, "", "127.0.0.1:7000", origin)
+	if err := server.CloseWrite(); err != nil {
+		d.t.Fatal(err)
+	}
+	var got []report.Record
+	err := awaitFor(soon, "the connection", func() bool {
+		got = d.connections("side=inbound&netns=" + inode(ns))
+		return slices.ContainsFunc(got, func(r report.Record) bool { return r.Remote == client.LocalAddr().String() && want(&r) })
+	})
+	if err != nil {
+		d.t.Fatalf("%v %s: %+v", err, client.LocalAddr(), got)
+	}
+}
+
+// TestDaemonHAProxyFile changes the file of a HAProxy that runs, and breaks it.
+func TestDaemonHAProxyFile(t *testing.T) {
+	kerneltest.Require(t)
+	t.Parallel()
+	ns := kerneltest.NewNamespace(t)
+	h, origin := behind(t, ns, haproxytest.MasterWorker, "30s")
+	d := startDaemon(t, "")
+	limited := func(fin string) func(*report.Record) bool {
+		return func(r *report.Record) bool {
+			return r.HAProxy != nil && r.HAProxy.Proxy == "web" && !r.HAProxy.Old &&
+				strings.HasPrefix(r.LimitSource, "haproxy.cfg:6 defaults timeout client-fin "+fin)
+		}
+	}
+	known := func() {
+		t.Helper()
+		if read, is := d.metric("fintrace_haproxy_config_read", "haproxy="+h.Inside(h.ConfigPath())); read != 1 || !is {
+			t.Errorf("fintrace_haproxy_config_read is %v (%t)", read, is)
+		}
+	}
+	write := func(fin string) { h.WriteConfig(strings.Replace(relay, "FIN", fin, 1)) }
+	d.pinned(ns, origin, limited("30s"))
+	known()
+
+	// A worker runs what it was started with, whatever its file says now.
+	write("20s")
+	pause(2 * checkEvery)
+	d.pinned(ns, origin, limited("30s"))
+	known()
+	h.Reload()
+	d.pinned(ns, origin, limited("20s"))
+	known()
+
+	write("soon")
+	h.Signal(unix.SIGUSR2)
+	said := func(l *logLine) bool {
+		return l.Level == "WARN" && l.Message == "not looked at" && strings.Contains(l.What, h.ConfigPath()+":6:21: ")
+	}
+	d.await("a line about the file", said)
+	d.pinned(ns, origin, limited("20s"))
+	known()
+	if n := len(d.logged(said)); n != 1 {
+		t.Errorf("it is said %d times", n)
+	}
+
+	// Who comes now cannot know what runs.
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+	again := time.Now()
+	d.start()
+	d.await("a line about the file", func(l *logLine) bool { return l.Read.After(again) && said(l) })
+	d.pinned(ns, origin, func(r *report.Record) bool {
+		return r.HAProxy == nil && strings.HasPrefix(r.LimitSource, "net.ipv4.tcp_fin_timeout")
+	})
+	if read, is := d.metric("fintrace_haproxy_config_read", "haproxy=unknown"); read != 0 || !is {
+		t.Errorf("fintrace_haproxy_config_read is %v (%t)", read, is)
+	}
+	write("10s")
+	h.Reload()
+	d.pinned(ns, origin, limited("10s"))
+	known()
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDaemonHAProxyRestart restarts a HAProxy, and then stops it: its alert goes,
+// comes back as the same, and goes.
+func TestDaemonHAProxyRestart(t *testing.T) {
+	kerneltest.Require(t)
+	t.Parallel()
+	ns := kerneltest.NewNamespace(t)
+	finTimeout(t, ns, 1)
+	h, origin := behind(t, ns, haproxytest.Foreground, "1h")
+	d := startDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0"))
+	held := func(*report.Record) bool { return true }
+	ours := func(n int, event alert.Event) logLine {
+		t.Helper()
+		is := func(l *logLine) bool {
+			return l.Labels.Proxy == "web" && l.Labels.Side == "inbound" && spoken(inode(ns), event)(l)
+		}
+		if err := awaitFor(soon, "the alert", func() bool { return len(d.logged(is)) >= n }); err != nil {
+			t.Fatal(err)
+		}
+		return d.logged(is)[n-1]
+	}
+	d.pinned(ns, origin, held)
+	first := ours(1, alert.Fired)
+	h.Restart()
+	ours(1, alert.Resolved)
+	d.pinned(ns, origin, held)
+	second := ours(2, alert.Fired)
+	if second.Labels != first.Labels || second.Alert != first.Alert {
+		t.Errorf("after the restart it is %s of %+v, before it was %s of %+v", second.Alert, second.Labels, first.Alert, first.Labels)
+	}
+	path := "haproxy=" + h.Inside(h.ConfigPath())
+	if n, is := d.metric("fintrace_haproxy_held_connections", path, "worker=current"); !is || n != 1 {
+		t.Errorf("%v connections are held (%t)", n, is)
+	}
+	h.Stop()
+	ours(2, alert.Resolved)
+	if err := awaitFor(soon, "HAProxy to be forgotten", func() bool {
+		_, is := d.metric("fintrace_haproxy_config_read", path)
+		return !is
+	}); err != nil {
+		t.Error(err)
+	}
+	if alerts := d.alerts(inode(ns)); len(alerts) != 0 {
+		t.Errorf("there is still %+v", alerts)
+	}
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDaemonNamespaces makes and deletes network namespaces while a daemon runs.
+func TestDaemonNamespaces(t *testing.T) {
+	kerneltest.Require(t)
+	t.Parallel()
+	const holds, closes = 7070, 7071
+	d := startDaemon(t, fmt.Sprintf(`
+limits:
+  - {name: held, match: {local_port: %d}, fin_timeout: 1s}
+  - {name: closed, match: {local_port: %d, stage: minisock}, fin_timeout: 1s}
+alerts: {min_connections: 1, resolve_after: 1s, peers_per_group: 0}
+`, holds, closes))
+	of := func(netns string) string { return fmt.Sprintf("port=%d,%d&netns=%s", holds, closes, netns) }
+	var was string // the first
+	t.Run("with connections", func(t *testing.T) {
+		ns := kerneltest.NewNamespace(t)
+		was = inode(ns)
+		finTimeout(t, ns, 5)
+		all := slices.Concat(holdOn(t, ns, holds, 1), holdOn(t, ns, closes, 1))
+		all[1].subject.Close()
+		for _, limit := range []string{"held", "closed"} {
+			d.await("the alert", func(l *logLine) bool { return l.Labels.Limit == limit && spoken(was, alert.Fired)(l) })
+		}
+		// With their peers gone without a word, what is left ends with the
+		// namespace, which no event tells.
+		for _, h := range all {
+			if err := h.peer.SetLinger(0); err != nil {
+				t.Error(err)
+			}
+		}
+		ns.Do(func() {
+			if out, err := exec.Command("ip", "link", "set", "lo", "down").CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		})
+	})
+	for _, limit := range []string{"held", "closed"} {
+		d.await("the resolution", func(l *logLine) bool { return l.Labels.Limit == limit && spoken(was, alert.Resolved)(l) })
+	}
+	var left []report.Record
+	if err := awaitFor(soon, "the connections to leave", func() bool {
+		left = d.byInode(was, holds, closes)
+		return len(left) == 0
+	}); err != nil {
+		t.Errorf("%v: %+v", err, left)
+	}
+	d.leaksNothing(func() {
+		for range 20 {
+			t.Run("one of many", func(t *testing.T) {
+				ns := kerneltest.NewNamespace(t)
+				holdOn(t, ns, holds, 1)
+				if err := awaitFor(soon, "the connection", func() bool { return len(d.connections(of(inode(ns)))) == 1 }); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	})
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// byInode are the connections in a namespace at some ports, which there may be no
+// way to name any more.
+func (d *daemonProcess) byInode(netns string, ports ...int) (records []report.Record) {
+	d.t.Helper()
+	for _, port := range ports {
+		for _, r := range d.connections(fmt.Sprintf("port=%d", port)) {
+			if fmt.Sprint(r.Netns) == netns {
+				records = append(records, r)
+			}
+		}
+	}
+	return records
 }
