@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"os"
 	"os/signal"
 	"sync/atomic"
 	"time"
@@ -134,6 +135,9 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 	defer d.lines.flush(lastWord)
 	// Whose log has lost its reader goes on without.
 	signal.Ignore(unix.SIGPIPE)
+	// From the beginning and to the end, for SIGHUP would end it else.
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, unix.SIGHUP)
 	c := s.config
 	if d.own, err = probe.OwnNetns(); err != nil {
 		return err
@@ -181,7 +185,7 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 
 	tasks.Go(func() error { return d.state.run(ctx) })
 	tasks.Go(func() error { return d.outbox.Run(ctx) })
-	tasks.Go(func() error { return d.reloads(ctx) })
+	tasks.Go(func() error { return d.reloads(ctx, hangup) })
 	tasks.Go(func() error { return d.watchdog(ctx) })
 	tasks.Go(func() error { return d.server.wait(ctx) })
 	tasks.Go(func() error { return d.loop(ctx) })
