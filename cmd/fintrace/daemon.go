@@ -51,8 +51,11 @@ SIGHUP reads the configuration anew; one that is wrong is not taken.`,
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		d.env = e
 		d.explicit = cmd.Flags().Changed("config")
-		if !d.explicit {
+		switch {
+		case !d.explicit:
 			d.path = defaultConfig
+		case d.path == "":
+			return errors.New("--config: the path is empty; leave the flag out for " + defaultConfig)
 		}
 		d.logTo = newSwapHandler(slog.DiscardHandler)
 		d.lines = newLogQueue(d.logTo)

@@ -970,3 +970,15 @@ func (d *daemonProcess) byInode(netns string, ports ...int) (records []report.Re
 	}
 	return records
 }
+
+// TestDaemonDefaults: without a configuration file the defaults hold, and anybody
+// may ask.
+func TestDaemonDefaults(t *testing.T) {
+	if _, err := os.Stat(defaultConfig); err == nil {
+		t.Skip("this host has a", defaultConfig)
+	}
+	out, err := exec.Command("unprivileged", "daemon", "--check").CombinedOutput()
+	if err != nil || !strings.HasPrefix(string(out), "There is no configuration file: the defaults hold.\n") {
+		t.Errorf("it ends with %v and says:\n%s", err, out)
+	}
+}
