@@ -5,6 +5,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -980,5 +981,284 @@ func TestDaemonDefaults(t *testing.T) {
 	out, err := exec.Command("unprivileged", "daemon", "--check").CombinedOutput()
 	if err != nil || !strings.HasPrefix(string(out), "There is no configuration file: the defaults hold.\n") {
 		t.Errorf("it ends with %v and says:\n%s", err, out)
+	}
+}
+
+// stopped is how long TestDaemonStopped stops the daemon. The ring buffer has
+// room for some seconds of what two processors make.
+var stopped = flag.Duration("daemon.stopped", 5*time.Second, "how long the daemon is stopped under load")
+
+// halfClosing makes connections that are each in FIN_WAIT2 by shutdown for a
+// moment, of which the kernel side sends all, until stop is closed.
+func halfClosing(t *testing.T, ns *kerneltest.Namespace, workers int) (stop func() (made int)) {
+	t.Helper()
+	ns.Sysctl(t, "net.ipv4.ip_local_port_range", "1024 65535")
+	end := make(chan struct{})
+	results := make(chan churn, workers)
+	for w := range workers {
+		go ns.Do(func() { results <- halfCloser(byte(w+1), end) })
+	}
+	stop = sync.OnceValue(func() (made int) {
+		close(end)
+		for range workers {
+			c := <-results
+			if c.failed != nil {
+				t.Error("the load failed:", c.failed)
+			}
+			made += c.made
+		}
+		return made
+	})
+	t.Cleanup(func() { stop() })
+	return stop
+}
+
+func halfCloser(id byte, end <-chan struct{}) (c churn) {
+	listener, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return churn{failed: err}
+	}
+	defer unix.Close(listener)
+	if err := errors.Join(unix.Bind(listener, &unix.SockaddrInet4{}), unix.Listen(listener, 1)); err != nil {
+		return churn{failed: err}
+	}
+	bound, err := unix.Getsockname(listener)
+	if err != nil {
+		return churn{failed: err}
+	}
+	for port := int(endpoint(bound).Port); ; c.made++ {
+		select {
+		case <-end:
+			return c
+		default:
+		}
+		client, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return churn{c.made, err}
+		}
+		err = unix.Connect(client, &unix.SockaddrInet4{Addr: [4]byte{127, id, byte(c.made / 250 % 250), byte(c.made%250 + 1)}, Port: port})
+		server := -1
+		if err == nil {
+			server, _, err = unix.Accept4(listener, unix.SOCK_CLOEXEC)
+		}
+		if err == nil {
+			err = errors.Join(unix.Shutdown(client, unix.SHUT_WR), awaitFIN(server))
+		}
+		unix.Close(server)
+		unix.Close(client)
+		if err != nil {
+			return churn{c.made, err}
+		}
+	}
+}
+
+// TestDaemonStopped stops a daemon under load, as a debugger or a freezer does.
+// What is lost is counted, and put right by a look at the sockets.
+func TestDaemonStopped(t *testing.T) {
+	kerneltest.Require(t)
+	ns, busy := kerneltest.NewNamespace(t), kerneltest.NewNamespace(t)
+	d := startDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0"))
+	port := func(port uint16, events ...alert.Event) func(*logLine) bool {
+		return func(l *logLine) bool { return l.Labels.Port == port && spoken(inode(ns), events...)(l) }
+	}
+	const ends, stays, comes, later = 7001, 7002, 7003, 7004
+	ending := holdOn(t, ns, ends, 2)
+	holdOn(t, ns, stays, 2)
+	stop := halfClosing(t, busy, 2)
+	d.await("an alert", port(ends, alert.Fired))
+	d.await("an alert", port(stays, alert.Fired))
+
+	began := time.Now()
+	d.signal(unix.SIGSTOP)
+	for _, h := range ending {
+		h.close()
+	}
+	pause(*stopped / 2)
+	entered := moment{before: probe.Now()}
+	coming := holdOn(t, ns, comes, 1)[0]
+	entered.after = probe.Now()
+	// An answer to a probe would be taken for the last ACK before it was there.
+	for _, end := range []*net.TCPConn{coming.subject, coming.peer} {
+		if err := end.SetKeepAlive(false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pause(*stopped - time.Since(began))
+	goes := time.Now()
+	d.signal(unix.SIGCONT)
+
+	if err := await("the daemon to be in health", func() bool { code, _ := d.get("/healthz"); return code == http.StatusOK }); err != nil {
+		t.Error(err)
+	}
+	t.Logf("in health %s after the stop", time.Since(goes))
+	if resolved := d.await("the resolution", port(ends, alert.Resolved)); resolved.Read.Sub(goes) > time.Second+track.Grace+late {
+		t.Errorf("what has ended is said %s after the stop", resolved.Read.Sub(goes))
+	}
+	if fired := d.await("an alert", port(comes, alert.Fired)); fired.Read.Sub(goes) > time.Second+track.Grace+late {
+		t.Errorf("what has come is said %s after the stop", fired.Read.Sub(goes))
+	}
+	if records := d.connections(fmt.Sprintf("port=%d&netns=%s", comes, inode(ns))); len(records) != 1 {
+		t.Errorf("%+v have come, want one", records)
+	} else if r := records[0]; r.Since.Before(wall(entered.before).Add(-tick)) || r.Since.After(wall(entered.after).Add(tick)) {
+		t.Errorf("what has come is there since %v (exact: %t), want %v to %v", r.Since, r.SinceExact, wall(entered.before), wall(entered.after))
+	}
+	// It keeps up again.
+	holdOn(t, ns, later, 1)
+	due := time.Now().Add(time.Second + track.Grace)
+	if fired := d.await("an alert", port(later, alert.Fired)); fired.Read.Sub(due) > time.Second {
+		t.Errorf("the next alert came %s after the limit had passed", fired.Read.Sub(due))
+	}
+	if n := len(d.logged(port(stays))); n != 1 {
+		t.Errorf("%d lines are about the alert that went on", n)
+	}
+	made := stop()
+	lost, is := d.metric("fintrace_records_lost_total")
+	missed, _ := d.metric("fintrace_events_missed_total")
+	corrected, _ := d.metric("fintrace_snapshot_corrections_total")
+	t.Logf("%d connections, %.0f a second: %v records lost, %v events missed, %v corrections",
+		made, float64(made)/time.Since(began).Seconds(), lost, missed, corrected)
+	// Half of them in the stop, each with two records of some hundred bytes.
+	if overrun := made > 200_000; overrun && lost == 0 || !is {
+		t.Errorf("%v records are lost (%t)", lost, is)
+	}
+	var listed, there []string
+	spaces := []*kerneltest.Namespace{ns, busy}
+	if err := awaitFor(soon, "the table to be as ss has it", func() bool {
+		there, listed = ssFinWait2(t, spaces), nil
+		for _, ns := range spaces {
+			for _, r := range d.connections("netns=" + inode(ns)) {
+				listed = append(listed, fmt.Sprintf("%d %s %s", r.Netns, r.Local, r.Remote))
+			}
+		}
+		slices.Sort(listed)
+		return slices.Equal(listed, there)
+	}); err != nil {
+		t.Errorf("%v:\ntable %q\nss    %q", err, listed, there)
+	}
+	if alerts := d.alerts(inode(ns)); len(alerts) != 3 {
+		t.Errorf("%d alerts fire, want 3: %+v", len(alerts), alerts)
+	}
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDaemonSlowClients has two hundred clients that send slowly or do not read,
+// under load: no alert waits for them, nor does who asks how the daemon is.
+func TestDaemonSlowClients(t *testing.T) {
+	kerneltest.Require(t)
+	ns, busy := kerneltest.NewNamespace(t), kerneltest.NewNamespace(t)
+	d := startDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0"))
+	busy.Do(func() { // for long answers
+		for range 1000 {
+			h, err := connected()
+			if err == nil {
+				t.Cleanup(h.close)
+				err = h.subject.CloseWrite()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	halfClosing(t, busy, 1)
+
+	ended := make(chan struct{})
+	var clients sync.WaitGroup
+	t.Cleanup(func() { close(ended); clients.Wait() })
+	asks := []string{"", "GET /api/v1/connections?limit=10000 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET /api/v1/alerts HTTP/1.1\r\nHost: localhost\r\n\r\n"}
+	var answered atomic.Int32
+	for n := range 200 {
+		clients.Go(func() {
+			slowly := n%3 == 0
+			for {
+				c, err := net.Dial("tcp", d.at)
+				if err == nil {
+					err = slowClient(c.(*net.TCPConn), asks[n%len(asks)], slowly, ended, &answered)
+				}
+				select {
+				case <-ended:
+					return
+				case <-time.After(100 * time.Millisecond): // it was turned away
+				}
+			}
+		})
+	}
+	if err := await("answers to begin", func() bool { return answered.Load() > 0 }); err != nil {
+		t.Fatal(err)
+	}
+	due := map[uint16]time.Time{}
+	for port := uint16(7001); port <= 7004; port++ {
+		holdOn(t, ns, int(port), 1)
+		due[port] = time.Now().Add(time.Second + track.Grace)
+		pause(300 * time.Millisecond)
+	}
+	for port, at := range due {
+		fired := d.await("the alert", func(l *logLine) bool { return l.Labels.Port == port && spoken(inode(ns), alert.Fired)(l) })
+		if after := fired.Read.Sub(at); after > time.Second {
+			t.Errorf("the line came %s after the limit had passed", after)
+		}
+		asked := time.Now()
+		if code, body := d.get("/healthz"); code != http.StatusOK || time.Since(asked) > time.Second {
+			t.Errorf("/healthz: %d %s after %s", code, body, time.Since(asked))
+		}
+	}
+	t.Logf("%d answers have begun", answered.Load())
+	began := time.Now()
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); took > 2*time.Second+late {
+		t.Errorf("it took %s to end", took)
+	}
+}
+
+// slowClient asks, a byte now and then if slowly, reads the beginning of the
+// answer, and no more of it until the connection or all ends.
+func slowClient(c *net.TCPConn, ask string, slowly bool, ended <-chan struct{}, answered *atomic.Int32) error {
+	defer c.Close()
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		select {
+		case <-ended:
+			c.Close()
+		case <-stop:
+		}
+	}()
+	if err := c.SetReadBuffer(4096); err != nil {
+		return err
+	}
+	for i := range ask {
+		if !slowly && i == 0 {
+			if _, err := io.WriteString(c, ask); err != nil {
+				return err
+			}
+			break
+		}
+		if _, err := c.Write([]byte{ask[i]}); err != nil {
+			return err
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ended:
+			return nil
+		}
+	}
+	buf := make([]byte, 16)
+	if _, err := io.ReadFull(c, buf); err != nil {
+		return err
+	}
+	answered.Add(1)
+	for {
+		if _, err := c.Read(buf); err != nil {
+			return err
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ended:
+			return nil
+		}
 	}
 }
