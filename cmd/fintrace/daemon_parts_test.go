@@ -189,7 +189,9 @@ func (d *daemonProcess) logged(fits func(*logLine) bool) (lines []logLine) {
 // await waits for a line that fits, and returns the first.
 func (d *daemonProcess) await(what string, fits func(*logLine) bool) (line logLine) {
 	d.t.Helper()
-	err := await(what, func() bool {
+	// What the kernel skips while another test's program is attached is found by
+	// the next look at all sockets.
+	err := awaitFor(soon, what, func() bool {
 		lines := d.logged(fits)
 		if len(lines) > 0 {
 			line = lines[0]
