@@ -99,9 +99,13 @@ func TestDaemonPrivileges(t *testing.T) {
 		t.Errorf("the limit is %q, want %q", a.LimitSource, want)
 	}
 	for _, r := range a.Examples {
-		if int(r.PID) != w.haproxy.Worker() || !r.SinceExact {
-			t.Errorf("an example is %+v, want it to be of process %d, and seen as it came", r, w.haproxy.Worker())
+		if int(r.PID) != w.haproxy.Worker() {
+			t.Errorf("an example is %+v, want it to be of process %d", r, w.haproxy.Worker())
 		}
+	}
+	// It is attached. (The kernel may skip single events where others attach.)
+	if n, _ := d.metric("fintrace_records_total"); n == 0 {
+		t.Error("it has read no record")
 	}
 	// That is asked of the runtime socket.
 	d.awaitMetric(60, "fintrace_haproxy_maxconn", "haproxy="+config)
