@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -33,6 +34,7 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
+	under  []string        // the command that starts it, if there is one
 	config string          // the path of its configuration
 	at     string          // the address it listens on
 	log    func(*exec.Cmd) // sends its log elsewhere; at has to be known then
@@ -101,7 +103,8 @@ func (d *daemonProcess) write(config string) {
 // start starts it, for the first time or again, and waits until it is ready.
 func (d *daemonProcess) start() {
 	d.t.Helper()
-	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
+	command := slices.Concat(d.under, []string{"fintrace", "daemon", "--config", d.config})
+	d.Cmd = exec.Command(command[0], command[1:]...)
 	var stderr io.ReadCloser
 	var err error
 	if d.log != nil {
@@ -347,19 +350,34 @@ func (d *daemonProcess) signal(s os.Signal) {
 
 // holdSome makes connections of one peer at one listener of a namespace, which the
 // test's process holds in FIN_WAIT2.
-func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) (all []held) {
+func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) []held {
 	t.Helper()
-	return holdAt(t, ns, &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}, n)
+	return holdAt(t, ns, anyPort, n)
 }
 
+// anyPort is where connections are held that may be anywhere.
+var anyPort = &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}
+
 // holdAt is holdSome at an address.
-func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all []held) {
+func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) []held {
 	t.Helper()
-	var l *net.TCPListener
-	var err error
-	ns.Do(func() { l, err = net.ListenTCP("tcp4", at) })
+	all, err := holdAll(ns, at, n)
+	for _, h := range all {
+		t.Cleanup(h.close)
+	}
 	if err != nil {
 		t.Fatal(err)
+	}
+	return all
+}
+
+// holdAll is holdAt for any goroutine. What it returns is to be closed, where
+// it fails too.
+func holdAll(ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all []held, err error) {
+	var l *net.TCPListener
+	ns.Do(func() { l, err = net.ListenTCP("tcp4", at) })
+	if err != nil {
+		return nil, err
 	}
 	defer l.Close()
 	for range n {
@@ -367,17 +385,17 @@ func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all
 		ns.Do(func() {
 			h.peer, err = net.DialTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 201)}, l.Addr().(*net.TCPAddr))
 		})
-		if err == nil {
-			h.subject, err = l.AcceptTCP()
-		}
-		if err == nil {
-			err = h.shutdown()
-		}
 		if err != nil {
-			t.Fatal(err)
+			return all, err
 		}
-		t.Cleanup(h.close)
+		h.subject, err = l.AcceptTCP()
+		if err != nil {
+			return all, errors.Join(err, h.peer.Close())
+		}
 		all = append(all, h)
+		if err := h.shutdown(); err != nil {
+			return all, err
+		}
 	}
-	return all
+	return all, nil
 }
