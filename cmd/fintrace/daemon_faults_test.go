@@ -94,6 +94,10 @@ func (r *receiver) await(t *testing.T, n int, ns *kerneltest.Namespace, events .
 	return r.about(ns, events...)[n-1]
 }
 
+// windUp is for all of an end that has its own bound nowhere, on a busy machine:
+// the last look at the sockets, and the detaching of the programs.
+const windUp = 4 * time.Second
+
 // TestDaemonLog has the log fail in every way: alerts reach others, and the
 // daemon answers and ends.
 func TestDaemonLog(t *testing.T) {
@@ -201,7 +205,7 @@ shutdown_timeout: 1s
 			}
 			began := time.Now()
 			err := d.end()
-			if took := time.Since(began); took > time.Second+2*lastWord+late {
+			if took := time.Since(began); took > time.Second+2*lastWord+windUp {
 				t.Errorf("it took %s to end", took)
 			}
 			exit := (*exec.ExitError)(nil)
@@ -323,7 +327,7 @@ shutdown_timeout: 1s
 			}
 		}
 	}
-	if took := time.Since(began); took > time.Second+late {
+	if took := time.Since(began); took > time.Second+windUp {
 		t.Errorf("it took %s to end", took)
 	}
 	exit := (*exec.ExitError)(nil)
@@ -1116,7 +1120,7 @@ func TestDaemonStopped(t *testing.T) {
 	// It keeps up again.
 	holdOn(t, ns, later, 1)
 	due := time.Now().Add(time.Second + track.Grace)
-	if fired := d.await("an alert", port(later, alert.Fired)); fired.Read.Sub(due) > time.Second {
+	if fired := d.await("an alert", port(later, alert.Fired)); fired.Read.Sub(due) > time.Second+late {
 		t.Errorf("the next alert came %s after the limit had passed", fired.Read.Sub(due))
 	}
 	if n := len(d.logged(port(stays))); n != 1 {
@@ -1198,27 +1202,32 @@ func TestDaemonSlowClients(t *testing.T) {
 		t.Fatal(err)
 	}
 	due := map[uint16]time.Time{}
-	for port := uint16(7001); port <= 7004; port++ {
+	for port := uint16(7001); port <= 7008; port++ {
 		holdOn(t, ns, int(port), 1)
 		due[port] = time.Now().Add(time.Second + track.Grace)
-		pause(300 * time.Millisecond)
+		pause(200 * time.Millisecond)
 	}
+	var after []time.Duration
 	for port, at := range due {
 		fired := d.await("the alert", func(l *logLine) bool { return l.Labels.Port == port && spoken(inode(ns), alert.Fired)(l) })
-		if after := fired.Read.Sub(at); after > time.Second {
-			t.Errorf("the line came %s after the limit had passed", after)
-		}
+		after = append(after, fired.Read.Sub(at))
 		asked := time.Now()
-		if code, body := d.get("/healthz"); code != http.StatusOK || time.Since(asked) > time.Second {
+		if code, body := d.get("/healthz"); code != http.StatusOK || time.Since(asked) > time.Second+late {
 			t.Errorf("/healthz: %d %s after %s", code, body, time.Since(asked))
 		}
+	}
+	slices.Sort(after)
+	t.Logf("from the limit to the line: %s", after)
+	// One may have had to wait for a processor.
+	if median, worst := after[len(after)/2], after[len(after)-1]; median > time.Second || worst > time.Second+late {
+		t.Errorf("the lines came %s after the limit had passed, the last %s", median, worst)
 	}
 	t.Logf("%d answers have begun", answered.Load())
 	began := time.Now()
 	if err := d.end(); err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(began); took > 2*time.Second+late {
+	if took := time.Since(began); took > 2*time.Second+windUp {
 		t.Errorf("it took %s to end", took)
 	}
 }
