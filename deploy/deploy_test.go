@@ -5,9 +5,9 @@
 package deploy
 
 import (
-	"bytes"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +17,8 @@ import (
 	"testing"
 
 	"github.com/goccy/go-yaml"
+
+	"github.com/fintrace/fintrace/internal/config"
 )
 
 // required names the variable that makes a tool that is not there a failure.
@@ -231,11 +233,21 @@ func TestReadmeRunbook(t *testing.T) {
 	}
 }
 
+// port is where the daemon listens.
+func port(t *testing.T) string {
+	t.Helper()
+	_, port, err := net.SplitHostPort(config.Default().Web.Listen[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
 // TestPort: who looks for the daemon looks where it listens.
 func TestPort(t *testing.T) {
 	for _, path := range []string{"README.md", "Dockerfile", "kubernetes/daemonset.yaml"} {
-		if !bytes.Contains([]byte(read(t, path)), []byte("19818")) {
-			t.Errorf("%s does not name port 19818", path)
+		if !strings.Contains(read(t, path), port(t)) {
+			t.Errorf("%s does not name port %s", path, port(t))
 		}
 	}
 }

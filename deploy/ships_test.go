@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/fintrace/fintrace/internal/config"
 )
 
 // exposure is the score of the unit by `systemd-analyze security` of systemd 252,
@@ -181,11 +183,18 @@ func TestDaemonSet(t *testing.T) {
 		}
 	}
 	file := filepath.Base(words(t, container, "args")[2])
-	if settings := at[string](t, kind(t, "ConfigMap"), "data", file); !strings.Contains(settings, `":19818"`) {
-		t.Errorf("the ConfigMap has %q", settings)
+	settings, err := config.Parse(file, []byte(at[string](t, kind(t, "ConfigMap"), "data", file)))
+	if err != nil {
+		t.Fatal("the ConfigMap:", err)
 	}
-	if got := at[uint64](t, container, "ports", 0, "containerPort"); got != 19818 {
-		t.Errorf("the port is %d", got)
+	if diff := cmp.Diff([]string{":" + port(t)}, settings.Web.Listen); diff != "" {
+		t.Errorf("the ConfigMap's listeners (+):\n%s", diff)
+	}
+	if dir := filepath.Dir(settings.Alerts.StateFile); !mounts[dir] {
+		t.Errorf("nothing is mounted at %s", dir)
+	}
+	if got := strconv.FormatUint(at[uint64](t, container, "ports", 0, "containerPort"), 10); got != port(t) {
+		t.Errorf("the port is %s, and the daemon's %s", got, port(t))
 	}
 	labels := at[map[string]any](t, d, "spec", "template", "metadata", "labels")
 	if diff := cmp.Diff(labels, at[map[string]any](t, d, "spec", "selector", "matchLabels")); diff != "" {

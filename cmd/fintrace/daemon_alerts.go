@@ -58,7 +58,7 @@ func (d *daemon) due() events.Time {
 func (d *daemon) sinks(c *config.Config) (sinks []alert.Sink, err error) {
 	from := alert.Origin{Host: hostname(), Version: version(), URL: c.Web.ExternalURL}
 	if c.Sinks.Log {
-		sinks = append(sinks, alert.NewLog("log", d.log))
+		sinks = append(sinks, alert.NewLog("log", d.alertTo))
 	}
 	for _, hook := range c.Sinks.Webhooks {
 		sink, err := alert.NewWebhook(hook, from)

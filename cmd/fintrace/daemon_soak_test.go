@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -430,7 +431,7 @@ func (s *soak) mark(t *testing.T, ns *kerneltest.Namespace, stop <-chan struct{}
 }
 
 func (s *soak) markOnce(ns *kerneltest.Namespace, late *latencies) error {
-	all, err := holdAll(ns, soakThreshold)
+	all, err := holdAll(ns, &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}, soakThreshold)
 	release := sync.OnceFunc(func() {
 		for _, h := range all {
 			h.close()

@@ -71,12 +71,14 @@ func (d *daemon) reloads(ctx context.Context) error {
 			d.tell(fmt.Sprintf("%s\nMONOTONIC_USEC=%d", systemd.SdNotifyReloading, monotonic().Microseconds()))
 			err := d.reload(ctx)
 			d.metrics.Reloaded(err == nil, time.Now())
+			status := "watching"
 			if err != nil {
+				status = "watching; the configuration was not taken, and the one before is in force: see the log"
 				d.log.Error("the configuration is not taken, and the one before stays in force", "error", err)
 			} else {
 				d.log.Info("the configuration is in force", "file", d.path)
 			}
-			d.tell(systemd.SdNotifyReady)
+			d.tell(systemd.SdNotifyReady + "\nSTATUS=" + status)
 		}
 	}
 }

@@ -22,23 +22,28 @@ type server struct {
 	failed  chan error // of a listener that was there
 
 	web  config.Web
-	stop func() // ends the one that listens, and waits for it
+	stop func() // ends the one that listens, and waits for it; nil if none does
 }
 
 // listen listens as a configuration says. If that fails all is as before.
 func (s *server) listen(c *config.Config) error {
-	if s.stop != nil && slices.Equal(c.Web.Listen, s.web.Listen) && c.Web.ConfigFile == s.web.ConfigFile {
+	before, listened := s.web, s.stop != nil
+	if listened && slices.Equal(c.Web.Listen, before.Listen) && c.Web.ConfigFile == before.ConfigFile {
 		return nil
 	}
-	before := s.web
-	if s.stop != nil {
-		s.stop()
-	}
+	s.end()
 	err := s.start(c.Web)
-	if err != nil && s.stop != nil {
+	if err != nil && listened {
 		err = errors.Join(err, s.start(before))
 	}
 	return err
+}
+
+func (s *server) end() {
+	if s.stop != nil {
+		s.stop()
+		s.stop = nil
+	}
 }
 
 func (s *server) start(w config.Web) error {

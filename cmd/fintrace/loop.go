@@ -81,7 +81,7 @@ func (w *watch) run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var drainAt events.Time // 0: no record is waiting
-	again := probe.Now() // the first turn is at once
+	again := probe.Now()    // the first turn is at once
 	for {
 		now := probe.Now()
 		timer.Reset(max(min(w.nextWake(drainAt), again).Sub(now), 0))

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -34,14 +35,18 @@ func newStateFile(path string, log *slog.Logger) *stateFile {
 	return &stateFile{path: path, log: log, latest: make(chan pending, 1)}
 }
 
+// stateMost bounds what is read, in bytes: some thousand alerts are less.
+const stateMost = 16 << 20
+
 // read returns what was saved last; what cannot be read is as good as none.
 func (s *stateFile) read() (saved alert.Saved, ok bool) {
 	if s.path == "" {
 		return saved, false
 	}
-	text, err := os.ReadFile(s.path)
+	f, err := os.Open(s.path)
 	if err == nil {
-		err = json.Unmarshal(text, &saved)
+		defer f.Close()
+		err = json.NewDecoder(io.LimitReader(f, stateMost)).Decode(&saved)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		s.log.Warn("alerts that were firing before are not known: they fire anew", "error", err)

@@ -30,3 +30,17 @@ func version() string {
 	}
 	return info.Main.Version
 }
+
+// revision is the commit, "" if the Go toolchain stamped none.
+func revision() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" {
+			return setting.Value
+		}
+	}
+	return ""
+}

@@ -75,6 +75,6 @@ type SinkStats struct {
 	Capacity  int
 	Delivered uint64 // alerts
 	Failed    uint64 // attempts
-	Shed      uint64 // alerts that were given up, for want of room or after too many attempts
+	Shed      uint64 // alerts that were given up: for want of room, refused for good, or at the end
 	Healthy   bool   // the last attempt succeeded, or there was none
 }

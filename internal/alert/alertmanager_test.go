@@ -189,6 +189,45 @@ func TestAlertmanagerAway(t *testing.T) {
 	})
 }
 
+// What is critical and ends, and is only a warning when it fires anew, is one
+// alert each time; and an operator's own severity is that of all.
+func TestAlertmanagerSeverity(t *testing.T) {
+	for _, test := range []struct {
+		labels map[string]string
+		want   []string
+	}{
+		{nil, []string{"critical  4m0s", "critical  0s", "warning  4m0s", "warning  0s", "critical  4m0s"}},
+		{map[string]string{"severity": "page"}, []string{"page  4m0s", "page  0s", "page  4m0s", "page  4m0s"}},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			noProxy(t)
+			var got []string
+			option := serve(t, func(_ http.ResponseWriter, r *http.Request) {
+				for _, p := range told(t, r.Body) {
+					got = append(got, p.line(time.Now()))
+				}
+			})
+			sinks, err := newAlertmanager(AlertmanagerConfig{Name: "am", URLs: []string{"http://am.example"}, Labels: test.labels}, thisHost, option)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, step := range []struct {
+				e    Event
+				peak int
+			}{{Fired, 60}, {Resolved, 60}, {Fired, 10}, {Updated, 60}} {
+				a := event("a", step.e, 1)
+				a.Maxconn, a.Peak = 100, step.peak
+				if err := sinks[0].Deliver(t.Context(), []Alert{a}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if diff := cmp.Diff(test.want, got); diff != "" {
+				t.Errorf("told (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 func TestAlertmanagerSinks(t *testing.T) {
 	sinks, err := NewAlertmanager(AlertmanagerConfig{Name: "am", URLs: []string{
 		"http://u:s3cr3t@one.example:9093", "https://two.example/a", "https://two.example/s3cr3t"}}, thisHost)

@@ -143,24 +143,24 @@ func TestLogSinkDiskFull(t *testing.T) {
 		}
 	}
 	synctest.Test(t, func(t *testing.T) {
-		disk := &disk{full: true}
+		disk := &disk{room: 1}
 		h, err := NewHandler("text", disk, slog.LevelInfo)
 		if err != nil {
 			t.Fatal(err)
 		}
 		var other receiver
 		o := runOutbox(t, NewLog("log", slog.New(h)), other.sink("other"))
-		o.Send(event("a", Fired, 1), event("b", Fired, 1))
+		o.Send(event("a", Fired, 1), event("b", Fired, 1), event("c", Fired, 1))
 		time.Sleep(time.Minute)
-		other.expect(t, "a fired 1", "b fired 1")
+		other.expect(t, "a fired 1", "b fired 1", "c fired 1")
 		if s := o.stats(t, "log"); s.Failed == 0 || s.Healthy || s.Queued != 2 {
 			t.Errorf("%+v", s)
 		}
 		disk.mu.Lock()
-		disk.full = false
+		disk.room = 100
 		disk.mu.Unlock()
 		time.Sleep(time.Minute)
-		if got := disk.String(); strings.Count(got, "\n") != 2 || !strings.Contains(got, "alert=a ") || !strings.Contains(got, "alert=b ") {
+		if got := disk.String(); strings.Count(got, "\n") != 3 || strings.Count(got, "alert=a ") != 1 || !strings.Contains(got, "alert=c ") {
 			t.Errorf("written:\n%s", got)
 		}
 		if s := o.stats(t, "log"); !s.Healthy || s.Queued != 0 || s.Shed != 0 {
@@ -171,12 +171,13 @@ func TestLogSinkDiskFull(t *testing.T) {
 
 type disk struct {
 	lines
-	full bool
+	room int // for so many lines
 }
 
 func (d *disk) Write(p []byte) (int, error) {
 	d.mu.Lock()
-	full := d.full
+	d.room--
+	full := d.room < 0
 	d.mu.Unlock()
 	if full {
 		return 0, syscall.ENOSPC
@@ -255,6 +256,32 @@ func TestJournaldNames(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, (*entries)[0].fields); diff != "" {
 		t.Errorf("fields (-want +got):\n%s", diff)
+	}
+}
+
+// Loggers that are made of one do not share what they add.
+func TestJournaldWith(t *testing.T) {
+	h, entries := toJournal(slog.LevelInfo)
+	parent := slog.New(h).With("a", 1)
+	one, two := parent.With("b", 2), parent.With("c", 3)
+	one.Info("m")
+	two.Info("m")
+	for i, want := range []map[string]string{
+		{"SYSLOG_IDENTIFIER": "fintrace", "FINTRACE_A": "1", "FINTRACE_B": "2"},
+		{"SYSLOG_IDENTIFIER": "fintrace", "FINTRACE_A": "1", "FINTRACE_C": "3"},
+	} {
+		if diff := cmp.Diff(want, (*entries)[i].fields); diff != "" {
+			t.Errorf("fields of %d (-want +got):\n%s", i, diff)
+		}
+	}
+}
+
+// Only the time and the level of syslog itself are left out.
+func TestSyslogKeys(t *testing.T) {
+	var lines toSyslog
+	slog.New(newSyslog(slog.LevelInfo, &lines)).WithGroup("g").Info("m", "time", 1, "level", 2)
+	if diff := cmp.Diff(toSyslog{"info msg=m g.time=1 g.level=2"}, lines); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
 

@@ -556,6 +556,41 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// An attempt that the end of Run breaks off is no failure.
+func TestEndOfRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := receiver{answer: hang}
+		o := runOutbox(t, r.sink("hook"))
+		o.Send(event("a", Fired, 1))
+		synctest.Wait()
+		o.cancel()
+		o.ended <- <-o.ended
+		if s := o.stats(t, "hook"); s.Queued != 1 || s.Failed != 0 || !s.Healthy || o.log.String() != "" {
+			t.Errorf("%+v\n%s", s, o.log.String())
+		}
+	})
+}
+
+// What hangs and then fails has failed once.
+func TestHungThenFailed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := receiver{answer: func(_ context.Context, attempt int, _ []Alert) error {
+			if attempt > 1 {
+				return nil
+			}
+			time.Sleep(time.Minute)
+			return errors.New("refused")
+		}}
+		o := runOutbox(t, r.sink("hook"))
+		o.Send(event("a", Fired, 1))
+		time.Sleep(2 * time.Minute)
+		r.expect(t, "a fired 1")
+		if s := o.stats(t, "hook"); s.Failed != 1 || !s.Healthy {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 // A sink in the middle of its wait is tried once more at once.
 func TestCloseDoesNotWaitForRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -653,6 +688,16 @@ func TestReplaceUnderWay(t *testing.T) {
 	}
 }
 
+func TestSameSettings(t *testing.T) {
+	a, b := &receiver{}, &receiver{}
+	if !sameSettings(a, a) || sameSettings(a, b) || !sameSettings(nil, nil) || sameSettings(a, nil) {
+		t.Error("a pointer is equal to itself alone")
+	}
+	if !sameSettings([]int{1}, []int{1}) || sameSettings([]int{1}, []int{2}) {
+		t.Error("values are equal to what is deeply equal to them")
+	}
+}
+
 func TestReplaceRefused(t *testing.T) {
 	var r receiver
 	for _, test := range []struct {
@@ -709,12 +754,21 @@ func TestResend(t *testing.T) {
 		// Nothing is told again at the end.
 		o.Send(event("c", Fired, 1))
 		synctest.Wait()
+		r.mu.Lock()
+		r.heard, r.answer = nil, refuse
+		r.mu.Unlock()
+		time.Sleep(time.Hour)
+		o.Send(event("d", Fired, 1))
+		r.mu.Lock()
+		r.answer = nil
+		r.mu.Unlock()
 		began := time.Now()
 		ctx, cancel := closeTo(time.Minute)
 		defer cancel()
 		if err := o.Close(ctx); err != nil || time.Now() != began {
 			t.Errorf("Close: %v, after %s", err, time.Since(began))
 		}
+		r.expect(t, "d fired 1")
 	})
 }
 

@@ -241,7 +241,6 @@ func (p *poster) secrets(u *url.URL) []string {
 	}
 	for _, name := range []string{"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"} {
 		if value := os.Getenv(name); strings.Contains(value, "@") {
-			secrets = append(secrets, value)
 			if proxy, err := url.Parse(value); err == nil {
 				userinfo(proxy.User)
 			}

@@ -178,3 +178,41 @@ func TestQueueFull(t *testing.T) {
 		consistent(t, &q)
 	})
 }
+
+// What has changed while it was under way is not given up with what was refused.
+func TestQueueDrop(t *testing.T) {
+	now := time.Date(2026, 11, 22, 10, 0, 0, 0, time.UTC)
+	q := newQueue(0, 0)
+	q.put(Alert{ID: "a", Event: Fired})
+	q.put(Alert{ID: "b", Event: Fired})
+	q.take(2, false, now)
+	q.put(Alert{ID: "b", Event: Updated, Count: 2})
+	if shed := q.drop(); shed != 1 {
+		t.Errorf("%d were given up", shed)
+	}
+	if left := q.take(2, false, now); len(left) != 1 || left[0].ID != "b" || left[0].Event != Fired || left[0].Count != 2 {
+		t.Errorf("%+v are left", left)
+	}
+}
+
+// A sink that is replaced by one that does not want to hear again, while it
+// hears again: what comes afterwards is there.
+func TestQueueSettle(t *testing.T) {
+	now := time.Date(2026, 11, 22, 10, 0, 0, 0, time.UTC)
+	q := newQueue(time.Minute, 0)
+	q.put(Alert{ID: "a", Event: Fired})
+	q.put(Alert{ID: "b", Event: Fired})
+	q.take(2, false, now)
+	q.done(true, now)
+	now = now.Add(time.Minute)
+	q.take(1, false, now)
+	q.settle(0, 0)
+	if q.told.Len() != 1 {
+		t.Errorf("%d are to be told again, but for what is being told", q.told.Len())
+	}
+	q.put(Alert{ID: "a", Event: Updated})
+	q.done(true, now)
+	if left := q.take(2, false, now); len(left) != 1 || left[0].ID != "a" || len(q.byID) != 1 {
+		t.Errorf("%+v are left, %d known", left, len(q.byID))
+	}
+}

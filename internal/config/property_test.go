@@ -318,7 +318,7 @@ func FuzzParse(f *testing.F) {
 			}
 			line, _ := strconv.Atoi(at[1])
 			column, _ := strconv.Atoi(at[2])
-			if i > maxProblems || line < 1 || line > len(lines) || column < 1 || column > utf8.RuneCountInString(lines[line-1])+2 {
+			if i > maxProblems || line < 1 || line > len(lines) || column < 1 || column > utf8.RuneCountInString(lines[line-1])+1 {
 				t.Fatalf("line %d of the error is of no place in the file: %q", i+1, said)
 			}
 		}

@@ -63,6 +63,7 @@ type reader struct {
 	values   int
 	files    bool // look at the files that are named
 	problems []problem
+	lengths  []int             // of the lines, in characters
 	excess   problem           // there are more than maxValues
 	paths    map[string]string // of keys, by name; nil until one is needed
 }
@@ -91,6 +92,12 @@ func parse(name string, text []byte, files bool) (*Config, error) {
 
 // errors is all problems, one a line.
 func (r *reader) errors(name string) error {
+	for i := range r.problems {
+		// Behind quoted text of several lines the parser's columns are too large.
+		p := &r.problems[i].pos
+		p.line = min(p.line, len(r.lengths))
+		p.column = min(p.column, r.lengths[p.line-1]+1)
+	}
 	slices.SortStableFunc(r.problems, func(a, b problem) int { return a.compare(b.pos) })
 	var all []error
 	for i, p := range r.problems {
@@ -138,6 +145,9 @@ func (r *reader) has(path string) bool {
 func (r *reader) root(text []byte) ast.Node {
 	text = bytes.TrimPrefix(text, []byte("\ufeff"))
 	text = bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n"))
+	for line := range bytes.SplitSeq(text, []byte("\n")) {
+		r.lengths = append(r.lengths, utf8.RuneCount(line))
+	}
 	if !r.plain(text) {
 		return nil
 	}

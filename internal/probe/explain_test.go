@@ -28,7 +28,7 @@ func TestExplain(t *testing.T) {
 	)
 	const (
 		asRoot   = "no permission to use BPF: run it as root, for example with sudo"
-		boxed    = "no permission to use BPF although this is root: a container has to be privileged (--privileged --pid=host)"
+		boxed    = "no permission to use BPF although this is root: a container or a service needs CAP_BPF and CAP_PERFMON, CAP_SYS_PTRACE for processes and CAP_SYS_ADMIN for other network namespaces (and --pid=host)"
 		needsBTF = "this kernel (6.1.0-18-amd64) does not show its types in /sys/kernel/btf/vmlinux: fintrace needs one built with CONFIG_DEBUG_INFO_BTF=y"
 	)
 	for _, test := range []struct {

@@ -20,8 +20,9 @@ import (
 
 // namespaces are the network namespaces of the host, by inode.
 type namespaces struct {
-	own   uint32
-	paths map[uint32][]string // files that enter it
+	own    uint32
+	paths  map[uint32][]string // files that enter it
+	hidden int                 // processes whose namespace takes CAP_SYS_PTRACE to see
 }
 
 // pathsKept is how many processes of a namespace are remembered as ways in: one
@@ -49,12 +50,19 @@ func findNamespaces() (namespaces, error) {
 		}
 		path := filepath.Join("/proc", e.Name(), "ns/net")
 		target, err := os.Readlink(path)
-		if err != nil {
-			continue // The process is gone, or a zombie, or not ours to see.
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			found.hidden++
+			continue
+		case err != nil:
+			continue // The process is gone, or a zombie.
 		}
 		if inode, ok := parseNamespace(target); ok && len(found.paths[inode]) < pathsKept {
 			found.paths[inode] = append(found.paths[inode], path)
 		}
+	}
+	if mayTrace() {
+		found.hidden = 0 // A security module hides them, single ones and for good.
 	}
 	const own = "/proc/thread-self/ns/net"
 	target, err := os.Readlink(own)
@@ -67,6 +75,13 @@ func findNamespaces() (namespaces, error) {
 	}
 	found.own, found.paths[inode] = inode, nil
 	return found, nil
+}
+
+// mayTrace says whether this thread has CAP_SYS_PTRACE.
+func mayTrace() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	return unix.Capget(&header, &data[0]) == nil && data[0].Effective&(1<<unix.CAP_SYS_PTRACE) != 0
 }
 
 // open opens a file that enters a namespace; nil for the own one, which needs

@@ -99,7 +99,8 @@ func cgroupID(file string) uint64 {
 		return 0
 	}
 	for line := range strings.Lines(string(text)) {
-		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
+		// One that begins with .. is outside our cgroup namespace (cgroup_namespaces(7)).
+		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok && !strings.HasPrefix(path, "/..") {
 			var st unix.Stat_t
 			if unix.Stat(filepath.Join(cgroupRoot, path), &st) == nil {
 				return st.Ino

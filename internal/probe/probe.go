@@ -222,7 +222,7 @@ func (h host) explain(err error) error {
 	case (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)) && !h.root:
 		return hint{"no permission to use BPF: run it as root, for example with sudo", err}
 	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		return hint{"no permission to use BPF although this is root: a container has to be privileged (--privileged --pid=host)", err}
+		return hint{"no permission to use BPF although this is root: a container or a service needs CAP_BPF and CAP_PERFMON, CAP_SYS_PTRACE for processes and CAP_SYS_ADMIN for other network namespaces (and --pid=host)", err}
 	case errors.Is(err, ebpf.ErrNotSupported) && !h.btf:
 		return hint{fmt.Sprintf("this kernel (%s) does not show its types in /sys/kernel/btf/vmlinux: fintrace needs one built with CONFIG_DEBUG_INFO_BTF=y", h.release), err}
 	case errors.Is(err, ebpf.ErrNotSupported):
