@@ -92,8 +92,7 @@ func (d *daemon) evaluate(now events.Time) {
 // next run would go on with an alert of which a sink may not have heard, which
 // it makes up for; the other way round it would fire anew.
 func (d *daemon) say(changes []alert.Change) {
-	var lookup probe.Lookup
-	defer lookup.Close()
+	defer d.watch.lookup.Close()
 	settings := map[uint32]events.Sysctls{}
 	names := d.names.names()
 	alerts := make([]alert.Alert, 0, len(changes))
@@ -107,7 +106,7 @@ func (d *daemon) say(changes []alert.Change) {
 			netns := c.Conns[0].Netns
 			if _, done := settings[netns]; !done {
 				var err error
-				if settings[netns], err = lookup.Sysctls(netns); err != nil {
+				if settings[netns], err = d.watch.lookup.Sysctls(netns); err != nil {
 					d.warn(err)
 				}
 			}

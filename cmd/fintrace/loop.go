@@ -47,6 +47,7 @@ type watch struct {
 
 	rules     limits.Rules
 	haproxies *haproxies
+	lookup    probe.Lookup // closed between two steps
 
 	counters probe.Counters
 	checked  events.Time // when the counters were read
@@ -137,14 +138,13 @@ func (w *watch) warnOf(lines []string) {
 
 // advance makes the time now.
 func (w *watch) advance(now events.Time) {
-	var lookup probe.Lookup
-	defer lookup.Close()
+	defer w.lookup.Close()
 	lookups := 0
 	w.each(w.tracker.Advance(now, func(netns uint32, f events.Flow, cookie uint64) bool {
 		if lookups++; lookups > lookupsPerPass {
 			return true
 		}
-		state, found, err := lookup.Find(netns, f)
+		state, found, err := w.lookup.Find(netns, f)
 		// Where it may not be looked at, the events' word must do.
 		return err != nil || state == events.FinWait2 && found == cookie
 	}))
@@ -244,14 +244,13 @@ func (w *watch) reconcile() error {
 	w.each(w.tracker.Observe(unowned))
 	w.skipped = cov.Skipped
 	w.warnOf(cov.Skipped)
-	var lookup probe.Lookup
-	defer lookup.Close()
+	defer w.lookup.Close()
 	lookups := 0
 	w.each(w.tracker.EndSnapshot(cov, func(netns uint32, f events.Flow) bool {
 		if lookups++; lookups > lookupsPerPass {
 			return true // Not known to be free.
 		}
-		state, _, err := lookup.Find(netns, f)
+		state, _, err := w.lookup.Find(netns, f)
 		return state != 0 || err != nil
 	}))
 	w.cost = processorTime() - spent
