@@ -93,16 +93,20 @@ func (d *daemon) evaluate(now events.Time) {
 // it makes up for; the other way round it would fire anew.
 func (d *daemon) say(changes []alert.Change) {
 	defer d.watch.lookup.Close()
+	began := probe.Now()
 	settings := map[uint32]events.Sysctls{}
 	names := d.names.names()
 	alerts := make([]alert.Alert, 0, len(changes))
 	for i := range changes {
 		c := &changes[i]
-		c.Alert.Examples, c.Alert.Advice = nil, nil
-		if len(c.Conns) > 0 {
-			for n := range min(len(c.Conns), examples) {
-				c.Alert.Examples = append(c.Alert.Examples, report.NewRecord("", probe.Now(), &c.Conns[n], names))
-			}
+		c.Alert.Examples = nil
+		for n := range min(len(c.Conns), examples) {
+			c.Alert.Examples = append(c.Alert.Examples, report.NewRecord("", probe.Now(), &c.Conns[n], names))
+		}
+		switch {
+		case len(c.Conns) == 0:
+			c.Alert.Advice = nil
+		case probe.Now().Sub(began) < advising:
 			netns := c.Conns[0].Netns
 			if _, done := settings[netns]; !done {
 				var err error
@@ -117,6 +121,12 @@ func (d *daemon) say(changes []alert.Change) {
 	d.state.save(d.book.Save())
 	d.outbox.Send(alerts...)
 }
+
+// advising is how long the loop finds out about advice: with a configuration of
+// a thousand proxies it is tens of milliseconds for each alert. Those with most
+// connections come first; where hundreds change at once the others have what was
+// said before, or nothing until they are spoken of again.
+const advising = 50 * time.Millisecond
 
 // examples is how many connections an alert shows.
 const examples = 5
