@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math"
@@ -49,6 +50,7 @@ type watch struct {
 	haproxies *haproxies
 	lookup    probe.Lookup // closed between two steps
 
+	running  bool // between start and finish
 	counters probe.Counters
 	checked  events.Time // when the counters were read
 	losses   uint64      // lost and missed records as of the last snapshot
@@ -83,6 +85,7 @@ func (w *watch) run(ctx context.Context) error {
 	defer timer.Stop()
 	var drainAt events.Time // 0: no record is waiting
 	again := probe.Now()    // the first turn is at once
+	w.running = true
 	for {
 		now := probe.Now()
 		timer.Reset(max(min(w.nextWake(drainAt), again).Sub(now), 0))
@@ -120,6 +123,7 @@ func (w *watch) run(ctx context.Context) error {
 			if err := w.reconcile(); err != nil {
 				return err
 			}
+			now = probe.Now()
 		}
 		w.advance(now)
 		w.haproxies.refresh(ctx, now)
@@ -152,6 +156,7 @@ func (w *watch) advance(now events.Time) {
 
 // finish reads what is left and looks at the sockets once more.
 func (w *watch) finish() error {
+	w.running = false
 	if err := w.drain(); err != nil {
 		return err
 	}
@@ -221,23 +226,31 @@ func (w *watch) reconcile() error {
 	losses := w.counters.Lost + w.counters.Missed
 	began, spent := probe.Now(), processorTime()
 	since := began.Sub(w.began) + time.Second
-	var unowned []events.Socket
-	var drained error
+	var (
+		unowned []events.Socket
+		cov     events.Coverage
+		err     error
+	)
 	w.tracker.BeginSnapshot(began)
-	cov, err := w.probe.Snapshot(since, func(sockets []events.Socket) {
-		drained = errors.Join(drained, w.drain())
-		owned := sockets[:0]
-		for i := range sockets {
-			s := &sockets[i]
-			if tracked, _ := w.tracker.Get(s.Cookie, began); s.Stage == events.Held && !tracked.Process.Known() {
-				unowned = append(unowned, *s)
-			} else {
-				owned = append(owned, *s)
-			}
-		}
-		w.each(w.tracker.Observe(owned))
+	drained := w.aside(func(inLoop func(func() error)) {
+		cov, err = w.probe.Snapshot(since, func(sockets []events.Socket) {
+			inLoop(func() error {
+				drained := w.drain()
+				owned := sockets[:0]
+				for i := range sockets {
+					s := &sockets[i]
+					if tracked, _ := w.tracker.Get(s.Cookie, began); s.Stage == events.Held && !tracked.Process.Known() {
+						unowned = append(unowned, *s)
+					} else {
+						owned = append(owned, *s)
+					}
+				}
+				w.each(w.tracker.Observe(owned))
+				return drained
+			})
+		})
+		findOwners(unowned)
 	})
-	findOwners(unowned)
 	if err := errors.Join(err, drained, w.drain()); err != nil {
 		return err
 	}
@@ -259,6 +272,47 @@ func (w *watch) reconcile() error {
 		w.looked(w.ended.Sub(began), time.Now())
 	}
 	return nil
+}
+
+// aside does work on a goroutine of its own: to walk a million sockets takes
+// seconds where the processors are busy. The loop goes on meanwhile, with all but
+// what a snapshot is for. What work gives to its argument is done by the loop's
+// goroutine before that returns; the first of the errors of all this is returned.
+func (w *watch) aside(work func(inLoop func(func() error))) (err error) {
+	steps, ended := make(chan func()), make(chan struct{})
+	go func() {
+		defer close(ended)
+		work(func(step func() error) {
+			done := make(chan struct{})
+			steps <- func() { defer close(done); err = cmp.Or(err, step()) }
+			<-done
+		})
+	}()
+	tick := time.NewTicker(batchDelay)
+	defer tick.Stop()
+	asked := w.asked
+	if !w.running {
+		asked = nil
+	}
+	for {
+		select {
+		case <-ended:
+			return err
+		case step := <-steps:
+			step()
+		case do := <-asked:
+			do()
+		case <-tick.C:
+			err = cmp.Or(err, w.drain())
+			if !w.running {
+				continue
+			}
+			w.advance(probe.Now())
+			if w.turn != nil {
+				w.turn(probe.Now())
+			}
+		}
+	}
 }
 
 // processorTime is what this process has had so far.
