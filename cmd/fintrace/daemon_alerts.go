@@ -88,9 +88,9 @@ func (d *daemon) evaluate(now events.Time) {
 	d.cost = d.evaluated.Sub(now)
 }
 
-// say delivers changes. They are noted first: if we were killed in between, the
-// next run would go on with an alert of which a sink may not have heard, which
-// it makes up for; the other way round it would fire anew.
+// say delivers changes. They are handed to the disk first, which takes some
+// milliseconds: if we are killed then, the next run goes on with an alert of
+// which a sink may not have heard, and makes up for it.
 func (d *daemon) say(changes []alert.Change) {
 	defer d.watch.lookup.Close()
 	began := probe.Now()

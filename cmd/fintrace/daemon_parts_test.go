@@ -34,6 +34,7 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
+	under  []string        // the command that starts it, if there is one
 	config string          // the path of its configuration
 	at     string          // the address it listens on
 	log    func(*exec.Cmd) // sends its log elsewhere; at has to be known then
@@ -102,7 +103,8 @@ func (d *daemonProcess) write(config string) {
 // start starts it, for the first time or again, and waits until it is ready.
 func (d *daemonProcess) start() {
 	d.t.Helper()
-	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
+	command := slices.Concat(d.under, []string{"fintrace", "daemon", "--config", d.config})
+	d.Cmd = exec.Command(command[0], command[1:]...)
 	var stderr io.ReadCloser
 	var err error
 	if d.log != nil {
@@ -187,7 +189,9 @@ func (d *daemonProcess) logged(fits func(*logLine) bool) (lines []logLine) {
 // await waits for a line that fits, and returns the first.
 func (d *daemonProcess) await(what string, fits func(*logLine) bool) (line logLine) {
 	d.t.Helper()
-	err := await(what, func() bool {
+	// What the kernel skips while another test's program is attached is found by
+	// the next look at all sockets.
+	err := awaitFor(soon, what, func() bool {
 		lines := d.logged(fits)
 		if len(lines) > 0 {
 			line = lines[0]
@@ -348,8 +352,11 @@ func (d *daemonProcess) signal(s os.Signal) {
 // test's process holds in FIN_WAIT2.
 func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) []held {
 	t.Helper()
-	return holdAt(t, ns, &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}, n)
+	return holdAt(t, ns, anyPort, n)
 }
+
+// anyPort is where connections are held that may be anywhere.
+var anyPort = &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}
 
 // holdAt is holdSome at an address.
 func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) []held {
@@ -364,8 +371,8 @@ func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) []he
 	return all
 }
 
-// holdAll is holdAt for any goroutine. What it returns is to be closed, where it
-// fails too.
+// holdAll is holdAt for any goroutine. What it returns is to be closed, where
+// it fails too.
 func holdAll(ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all []held, err error) {
 	var l *net.TCPListener
 	ns.Do(func() { l, err = net.ListenTCP("tcp4", at) })

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -458,7 +457,7 @@ func (s *soak) mark(t *testing.T, ns *kerneltest.Namespace, stop <-chan struct{}
 }
 
 func (s *soak) markOnce(ns *kerneltest.Namespace, late *latencies) error {
-	all, err := holdAll(ns, &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}, soakThreshold)
+	all, err := holdAll(ns, anyPort, soakThreshold)
 	release := sync.OnceFunc(func() {
 		for _, h := range all {
 			h.close()
