@@ -4,6 +4,7 @@ package main
 
 import (
 	"cmp"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -39,8 +40,8 @@ const (
 	// heldFor and closedFor are how long connections get stuck: beyond the limit
 	// of a second and the grace, and beyond the snapshot that shows the second sort.
 	heldFor, closedFor = 5 * time.Second, 12 * time.Second
-	// perPeer of them come from one peer, so that it has an alert of its own.
-	perPeer = 8
+	// perPeer of them come from one peer, so that it has alerts of its own.
+	perPeer = 16 // half of them at either end
 	// soakPeers and soakThreshold are the configuration's.
 	soakPeers, soakThreshold = 10, 3
 )
@@ -100,7 +101,7 @@ alerts: {min_connections: %[2]d, peers_per_group: %[3]d, resolve_after: 1s, upda
 				break
 			}
 		}
-		s.look(strconv.FormatUint(uint64(ns.Inode), 10))
+		s.look(inode(ns))
 	}
 	last := s.scrapes[len(s.scrapes)-1]
 	used = s.processorTime() - used
@@ -165,14 +166,13 @@ alerts: {min_connections: %[2]d, peers_per_group: %[3]d, resolve_after: 1s, upda
 	}
 
 	if warm.series != nil {
-		own := load.own
 		for series := range last.series {
-			if _, there := warm.series[series]; !there && own(series) {
+			if _, there := warm.series[series]; !there && load.own(series) {
 				t.Errorf("%s is a new series", series)
 			}
 		}
 		for series := range warm.series {
-			if _, there := last.series[series]; !there && own(series) {
+			if _, there := last.series[series]; !there && load.own(series) {
 				t.Errorf("%s is no longer there", series)
 			}
 		}
@@ -180,9 +180,11 @@ alerts: {min_connections: %[2]d, peers_per_group: %[3]d, resolve_after: 1s, upda
 	s.judge(strict)
 	t.Logf("%d series when warm, %d at the end", len(warm.series), len(last.series))
 	t.Logf("%.2f µs of processor time for each connection, %.1f %% of one processor", float64(used.Microseconds())/float64(made.made), 100*used.Seconds()/took.Seconds())
-	t.Logf("from the limit to the line: %s", late.String())
-	if strict && late.worst() > time.Second {
-		t.Errorf("a line came %s after the limit had passed", late.worst())
+	t.Logf("from the limit to the line: %s; to the time in it: %s", quantiles(late.read), quantiles(late.logged))
+	if len(late.read) == 0 {
+		t.Error("no alert of the marked connections was waited for")
+	} else if worst := slices.Max(late.read); strict && worst > time.Second {
+		t.Errorf("a line came %s after the limit had passed", worst)
 	}
 	peers := map[string]bool{}
 	for _, l := range s.logged(spoken(fmt.Sprint(ns.Inode), alert.Fired)) {
@@ -209,6 +211,7 @@ type soak struct {
 	scrapes []soakScrape
 	alerts  int // at most, of one family
 	pages   []time.Duration
+	busy    int // answers that there was no time
 }
 
 // soakScrape is one scrape, as Prometheus does it.
@@ -267,13 +270,34 @@ func (s *soak) scrape() (scrape soakScrape, err error) {
 	return scrape, nil
 }
 
-// look asks for what people look at.
+// look asks for what people look at. Where the machine is busy the answer may be
+// that there was no time for one.
 func (s *soak) look(netns string) {
 	began := time.Now()
+	code, body := s.daemonProcess.get("/api/v1/alerts")
+	page, text := s.daemonProcess.get("/")
+	s.pages = append(s.pages, time.Since(began))
+	for _, answer := range []int{code, page} {
+		if answer == http.StatusServiceUnavailable {
+			s.busy++
+		}
+	}
+	if page != http.StatusOK && page != http.StatusServiceUnavailable {
+		s.t.Errorf("the page: %d %s", page, text)
+	}
+	if code == http.StatusServiceUnavailable {
+		return
+	}
+	var answer struct{ Alerts []alertRecord }
+	if err := json.Unmarshal(body, &answer); code != http.StatusOK || err != nil {
+		s.t.Errorf("the alerts: %d %s: %v", code, body, err)
+	}
 	families := map[alert.Labels]int{}
-	for _, a := range s.daemonProcess.alerts(netns) {
-		a.Labels.Peer = ""
-		families[a.Labels]++
+	for _, a := range answer.Alerts {
+		if a.Labels.Netns == netns {
+			a.Labels.Peer = ""
+			families[a.Labels]++
+		}
 	}
 	for f, n := range families {
 		s.alerts = max(s.alerts, n)
@@ -281,10 +305,6 @@ func (s *soak) look(netns string) {
 			s.t.Errorf("%d alerts of %+v fire at once, want %d peers and one of the others at most", n, f, soakPeers)
 		}
 	}
-	if code, body := s.daemonProcess.get("/"); code != http.StatusOK {
-		s.t.Errorf("the page: %d %s", code, body)
-	}
-	s.pages = append(s.pages, time.Since(began))
 }
 
 // judge compares the first part of the run with the last, and says what it saw.
@@ -297,11 +317,10 @@ func (s *soak) judge(strict bool) {
 		return most
 	}
 	n := len(s.scrapes)
-	// A scrape more or less may meet a request, or a look at HAProxy.
 	const resident, heap, goroutines = "process_resident_memory_bytes", "go_memstats_heap_inuse_bytes", "go_goroutines"
 	early, end := s.scrapes[n/5:max(n*2/5, n/5+1)], s.scrapes[n-max(n/5, 1):]
 	table := most(s.scrapes, "fintrace_table_connections")
-	bound := soakBase + table*soakPerConnection
+	bound := soakBase + soakPerConnection*table
 	s.t.Logf("at most %.0f connections in the table, %.0f overdue", table, most(s.scrapes, "fintrace_overdue_connections"))
 	s.t.Logf("resident %.1f MB from 20 to 40 %% of the time, %.1f MB at the end; heap in use %.1f MB and %.1f MB; bound %.1f MB",
 		most(early, resident)/1e6, most(end, resident)/1e6, most(early, heap)/1e6, most(end, heap)/1e6, bound/1e6)
@@ -316,7 +335,8 @@ func (s *soak) judge(strict bool) {
 			return slices.MinFunc(scrapes, func(a, b soakScrape) int { return cmp.Compare(a.get(name), b.get(name)) }).get(name)
 		}
 		s.t.Logf("%s: %v to %v from 20 to 40 %% of the time, %v to %v at the end", name, least(early), most(early, name), least(end), most(end, name))
-		if least(end) > least(early) {
+		// A few scrapes may all meet a look at HAProxy or at the sockets.
+		if strict && least(end) > least(early) {
 			s.t.Errorf("%s grows from %v to %v", name, least(early), least(end))
 		}
 	}
@@ -327,12 +347,22 @@ func (s *soak) judge(strict bool) {
 		size = max(size, now.bytes)
 	}
 	s.t.Logf("a scrape took %s, and is %d bytes at most; the alerts and the page %s", quantiles(took), size, quantiles(s.pages))
+	if s.busy > 0 {
+		s.t.Logf("%d answers were that there was no time", s.busy)
+	}
+	if strict && s.busy > 0 {
+		s.t.Errorf("the loop was held up %d times", s.busy)
+	}
 	s.t.Logf("a family had %d alerts at most; %.0f fired at a time at most", s.alerts, most(s.scrapes, "fintrace_alerts_firing"))
 }
 
+// What may be resident: 45 MB are without a connection, and the book of alerts
+// takes 32 MB at the worst, which the garbage collector may let double; and for a
+// connection four times the 250 bytes that it takes, as the collector lets the
+// table double while that doubles.
 const (
-	soakBase          = 100e6
-	soakPerConnection = 1000.
+	soakBase          = (45 + 2*32) * 1e6
+	soakPerConnection = 4 * 250
 )
 
 // idle measures what the daemon costs while nothing happens.
@@ -388,24 +418,15 @@ func (s *soak) switches() (sum int) {
 
 // latencies are those of alerts.
 type latencies struct {
-	mu  sync.Mutex
-	all []time.Duration
+	mu           sync.Mutex
+	read, logged []time.Duration // to the moment at which the line was read, and to the line's own time
 }
 
-func (l *latencies) add(d time.Duration) {
+func (l *latencies) add(read, logged time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.all = append(l.all, d)
+	l.read, l.logged = append(l.read, read), append(l.logged, logged)
 }
-
-func (l *latencies) worst() time.Duration {
-	if len(l.all) == 0 {
-		return 0
-	}
-	return slices.Max(l.all)
-}
-
-func (l *latencies) String() string { return quantiles(l.all) }
 
 func quantiles(all []time.Duration) string {
 	if len(all) == 0 {
@@ -451,7 +472,7 @@ func (s *soak) markOnce(ns *kerneltest.Namespace, late *latencies) error {
 	if err != nil {
 		return err
 	}
-	late.add(fired.Read.Sub(due))
+	late.add(fired.Read.Sub(due), fired.Time.Sub(due))
 	release()
 	_, err = s.next("the resolution", due, spoken(inode(ns), alert.Resolved))
 	return err
@@ -579,11 +600,15 @@ type soakWorker struct {
 	port     int
 	n        int // of the next peer
 
-	peer   unix.Sockaddr // of the stuck ones
-	left   int           // that it has to make
-	held   []stuckPair
-	closed []stuckPair
-	done   soaked
+	held, closed stuckPairs
+	done         soaked
+}
+
+// stuckPairs are the connections that are stuck in one way, oldest first.
+type stuckPairs struct {
+	pairs []stuckPair
+	peer  unix.Sockaddr // of the next
+	left  int           // that this peer has yet to make
 }
 
 // stuckPair is a connection that gets stuck; where the first end is closed it is -1.
@@ -622,7 +647,6 @@ func (w *soakWorker) listen() (err error) {
 // each has a network of its own.
 func (w *soakWorker) next(port int) unix.Sockaddr {
 	w.n++
-	w.done.peers++
 	if w.family() == unix.AF_INET {
 		// Of 10/8, a quarter for each worker.
 		n := w.n%(1<<22) | int(w.id)<<22
@@ -669,32 +693,38 @@ func (w *soakWorker) run(stop <-chan struct{}) error {
 // each hundred some are half-closed first, and some get stuck if not enough are.
 func (w *soakWorker) one(n int) error {
 	kind := n / 2 % 50
-	stuck := kind == 7 && len(w.held) < w.most || kind == 11 && len(w.closed) < w.most
-	var peer unix.Sockaddr
+	var stuck *stuckPairs
 	switch {
-	case !stuck:
-		peer = w.next(0)
-	case w.left == 0:
-		w.peer, w.left = w.next(0), perPeer
-		fallthrough
-	default:
-		w.left--
-		peer = w.peer
+	case kind == 7 && len(w.held.pairs) < w.most:
+		stuck = &w.held
+	case kind == 11 && len(w.closed.pairs) < w.most:
+		stuck = &w.closed
+	}
+	peer := w.next(0)
+	if stuck != nil {
+		if stuck.left == 0 {
+			stuck.peer, stuck.left = peer, perPeer
+		}
+		stuck.left--
+		peer = stuck.peer
 	}
 	client, server, err := w.connect(peer)
 	if err != nil {
 		return err
+	}
+	if stuck == nil || stuck.left == perPeer-1 {
+		w.done.peers++
 	}
 	first, second := client, server
 	if n%2 == 0 {
 		first, second = server, client
 	}
 	switch {
-	case stuck && kind == 7:
-		w.held = append(w.held, stuckPair{first, second, time.Now().Add(heldFor)})
+	case stuck == &w.held:
+		stuck.pairs = append(stuck.pairs, stuckPair{first, second, time.Now().Add(heldFor)})
 		return unix.Shutdown(first, unix.SHUT_WR)
-	case stuck:
-		w.closed = append(w.closed, stuckPair{-1, second, time.Now().Add(closedFor)})
+	case stuck == &w.closed:
+		stuck.pairs = append(stuck.pairs, stuckPair{-1, second, time.Now().Add(closedFor)})
 		return unix.Close(first)
 	case kind < 3:
 		err = errors.Join(unix.Shutdown(first, unix.SHUT_WR), awaitFIN(second), unix.Close(second), unix.Close(first))
@@ -722,10 +752,10 @@ func (w *soakWorker) connect(peer unix.Sockaddr) (client, server int, err error)
 }
 
 // release ends those that have been stuck for long enough; with no time, all.
-func (w *soakWorker) release(all *[]stuckPair, now time.Time) {
-	for len(*all) > 0 && (now.IsZero() || !(*all)[0].until.After(now)) {
-		p := (*all)[0]
-		*all = (*all)[1:]
+func (w *soakWorker) release(stuck *stuckPairs, now time.Time) {
+	for len(stuck.pairs) > 0 && (now.IsZero() || !stuck.pairs[0].until.After(now)) {
+		p := stuck.pairs[0]
+		stuck.pairs = stuck.pairs[1:]
 		unix.Close(p.second)
 		if p.first >= 0 {
 			unix.Close(p.first)
