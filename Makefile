@@ -5,7 +5,9 @@ export CGO_ENABLED = 0
 # Root runs things as it is; others by sudo.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help build run demo list generate haproxies test lab bench clean
+DURATION ?= 5m
+
+.PHONY: help build run demo list generate haproxies test lab bench soak clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -39,6 +41,10 @@ lab: ## have real scenarios diagnosed, and print which has which finding (a minu
 bench: build ## speed beside today's tools, as ratios, into BENCHMARKS.md (some minutes)
 	go build -trimpath -o dist/bench ./internal/bench
 	$(SUDO) dist/bench -fintrace ./fintrace -o BENCHMARKS.md
+
+soak: ## the daemon under all the connections this machine can make, for DURATION (5m), and its cost
+	go test -c -o dist/soak.test ./cmd/fintrace
+	cd cmd/fintrace && $(SUDO) ../../dist/soak.test -test.v -test.timeout 0 -test.run '^TestDaemonSoak$$' -soak.duration $(DURATION)
 
 clean: ## remove what was built
 	rm -rf fintrace dist

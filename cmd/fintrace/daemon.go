@@ -8,12 +8,14 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"os/signal"
 	"sync/atomic"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/config"
@@ -52,7 +54,8 @@ SIGHUP reads the configuration anew; one that is wrong is not taken.`,
 			d.path = defaultConfig
 		}
 		d.logTo = newSwapHandler(slog.DiscardHandler)
-		d.log = slog.New(d.logTo)
+		d.lines = newLogQueue(d.logTo)
+		d.log, d.alertTo = slog.New(d.lines.handler()), slog.New(d.logTo)
 		s, err := d.prepare()
 		if err != nil {
 			return err
@@ -72,8 +75,10 @@ type daemon struct {
 	path     string // of the configuration file
 	explicit bool   // it was asked for, and has to be there
 
-	log     *slog.Logger
+	log     *slog.Logger // never waits for what reads it
 	logTo   *swapHandler
+	lines   *logQueue
+	alertTo *slog.Logger // the log as a sink of alerts, which has to know what is written
 	outbox  *alert.Outbox
 	metrics *metrics.Metrics
 	state   *stateFile
@@ -126,6 +131,9 @@ func (d *daemon) prepare() (p prepared, err error) {
 func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 	d.began = time.Now()
 	d.logTo.use(s.log)
+	defer d.lines.flush(lastWord)
+	// Whose log has lost its reader goes on without.
+	signal.Ignore(unix.SIGPIPE)
 	c := s.config
 	if d.own, err = probe.OwnNetns(); err != nil {
 		return err

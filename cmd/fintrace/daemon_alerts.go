@@ -58,7 +58,7 @@ func (d *daemon) due() events.Time {
 func (d *daemon) sinks(c *config.Config) (sinks []alert.Sink, err error) {
 	from := alert.Origin{Host: hostname(), Version: version(), URL: c.Web.ExternalURL}
 	if c.Sinks.Log {
-		sinks = append(sinks, alert.NewLog("log", d.log))
+		sinks = append(sinks, alert.NewLog("log", d.alertTo))
 	}
 	for _, hook := range c.Sinks.Webhooks {
 		sink, err := alert.NewWebhook(hook, from)
@@ -88,9 +88,9 @@ func (d *daemon) evaluate(now events.Time) {
 	d.cost = d.evaluated.Sub(now)
 }
 
-// say delivers changes. They are noted first: if we were killed in between, the
-// next run would go on with an alert of which a sink may not have heard, which
-// it makes up for; the other way round it would fire anew.
+// say delivers changes. They are handed to the disk first, which takes some
+// milliseconds: if we are killed then, the next run goes on with an alert of
+// which a sink may not have heard, and makes up for it.
 func (d *daemon) say(changes []alert.Change) {
 	var lookup probe.Lookup
 	defer lookup.Close()

@@ -175,7 +175,7 @@ func (d *daemon) gather(ctx context.Context, s *metrics.State) error {
 	if err != nil {
 		return err
 	}
-	s.Sinks = d.outbox.Stats()
+	s.Sinks, s.LogLost = d.outbox.Stats(), d.lines.lost.Load()
 	var lookup probe.Lookup
 	defer lookup.Close()
 	for netns, name := range spaces {

@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -33,8 +34,9 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
-	config string // the path of its configuration
-	at     string // the address it listens on
+	config string          // the path of its configuration
+	at     string          // the address it listens on
+	log    func(*exec.Cmd) // sends its log elsewhere; at has to be known then
 	exited chan error
 
 	mu    sync.Mutex
@@ -62,10 +64,17 @@ type logLine struct {
 // its own. It listens on loopback, logs as JSON, and keeps its state in DIR.
 func startDaemon(t *testing.T, config string) *daemonProcess {
 	t.Helper()
+	d := newDaemon(t, config)
+	d.start()
+	return d
+}
+
+// newDaemon is startDaemon without the start.
+func newDaemon(t *testing.T, config string) *daemonProcess {
+	t.Helper()
 	dir := t.TempDir()
 	d := &daemonProcess{t: t, dir: dir, config: filepath.Join(dir, "fintrace.yaml")}
 	d.write(config)
-	d.start()
 	return d
 }
 
@@ -80,7 +89,11 @@ func (d *daemonProcess) write(config string) {
 		text = strings.Replace(text, "alerts: {", "alerts: {state_file: "+d.dir+"/alerts.json, ", 1)
 		text = strings.Replace(text, ", }", "}", 1)
 	}
-	text += "\nlog: {format: json}\nweb: {listen: \"127.0.0.1:0\"}\n"
+	for _, part := range []string{"log: {format: json}", `web: {listen: "127.0.0.1:0"}`} {
+		if key, _, _ := strings.Cut(part, " "); !strings.Contains(text, "\n"+key) {
+			text += "\n" + part + "\n"
+		}
+	}
 	if err := os.WriteFile(d.config, []byte(text), 0o600); err != nil {
 		d.t.Fatal(err)
 	}
@@ -90,8 +103,12 @@ func (d *daemonProcess) write(config string) {
 func (d *daemonProcess) start() {
 	d.t.Helper()
 	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
-	stderr, err := d.StderrPipe()
-	if err != nil {
+	var stderr io.ReadCloser
+	var err error
+	if d.log != nil {
+		stderr = io.NopCloser(strings.NewReader(""))
+		d.log(d.Cmd)
+	} else if stderr, err = d.StderrPipe(); err != nil {
 		d.t.Fatal(err)
 	}
 	// It ends with the test's process, however that ends.
@@ -118,8 +135,10 @@ func (d *daemonProcess) start() {
 		}
 	})
 	began := time.Now()
-	d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
-	d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	if d.log == nil {
+		d.at = d.await("it to listen", func(l *logLine) bool { return l.Message == "Listening on" && l.Read.After(began) }).Address
+		d.await("it to watch", func(l *logLine) bool { return l.Message == "watching" && l.Read.After(began) })
+	}
 	if err := await("it to be ready", func() bool { code, _ := d.get("/readyz"); return code == http.StatusOK }); err != nil {
 		d.t.Fatal(err)
 	}
@@ -327,13 +346,34 @@ func (d *daemonProcess) signal(s os.Signal) {
 
 // holdSome makes connections of one peer at one listener of a namespace, which the
 // test's process holds in FIN_WAIT2.
-func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) (all []held) {
+func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) []held {
 	t.Helper()
-	var l *net.TCPListener
-	var err error
-	ns.Do(func() { l, err = net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}) })
+	return holdAt(t, ns, anyPort, n)
+}
+
+// anyPort is where connections are held that may be anywhere.
+var anyPort = &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)}
+
+// holdAt is holdSome at an address.
+func holdAt(t *testing.T, ns *kerneltest.Namespace, at *net.TCPAddr, n int) []held {
+	t.Helper()
+	all, err := holdAll(ns, at, n)
+	for _, h := range all {
+		t.Cleanup(h.close)
+	}
 	if err != nil {
 		t.Fatal(err)
+	}
+	return all
+}
+
+// holdAll is holdAt for any goroutine. What it returns is to be closed, where
+// it fails too.
+func holdAll(ns *kerneltest.Namespace, at *net.TCPAddr, n int) (all []held, err error) {
+	var l *net.TCPListener
+	ns.Do(func() { l, err = net.ListenTCP("tcp4", at) })
+	if err != nil {
+		return nil, err
 	}
 	defer l.Close()
 	for range n {
@@ -341,17 +381,17 @@ func holdSome(t *testing.T, ns *kerneltest.Namespace, n int) (all []held) {
 		ns.Do(func() {
 			h.peer, err = net.DialTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 201)}, l.Addr().(*net.TCPAddr))
 		})
-		if err == nil {
-			h.subject, err = l.AcceptTCP()
-		}
-		if err == nil {
-			err = h.shutdown()
-		}
 		if err != nil {
-			t.Fatal(err)
+			return all, err
 		}
-		t.Cleanup(h.close)
+		h.subject, err = l.AcceptTCP()
+		if err != nil {
+			return all, errors.Join(err, h.peer.Close())
+		}
 		all = append(all, h)
+		if err := h.shutdown(); err != nil {
+			return all, err
+		}
 	}
-	return all
+	return all, nil
 }

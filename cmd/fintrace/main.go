@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -44,11 +45,27 @@ func run(ctx context.Context, e env, args []string) int {
 		exit := &exitError{code: 1, err: err}
 		errors.As(err, &exit)
 		if exit.err != nil {
-			fmt.Fprintln(e.stderr, "fintrace:", err)
+			e.say("fintrace:", err)
 		}
 		return exit.code
 	}
 	return 0
+}
+
+// lastWord is how long the end waits for what reads stderr.
+const lastWord = time.Second
+
+// say writes a last line to stderr, which may be a pipe that nobody reads any more.
+func (e env) say(words ...any) {
+	said := make(chan struct{})
+	go func() {
+		defer close(said)
+		fmt.Fprintln(e.stderr, words...)
+	}()
+	select {
+	case <-said:
+	case <-time.After(lastWord):
+	}
 }
 
 // exitError ends a command with an exit code that is not 1. Where there is

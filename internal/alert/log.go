@@ -64,10 +64,20 @@ func writeAlert(ctx context.Context, handler slog.Handler, a *Alert) error {
 		slog.String("limit_source", report.Clean(a.LimitSource)),
 		slog.Time("starts_at", a.StartsAt),
 	)
-	if lines := fixes(a.Advice); a.Firing() && len(lines) > 0 {
+	if lines := fixes(urgent(a.Advice)); a.Firing() && len(lines) > 0 {
 		r.AddAttrs(slog.String("advice", strings.Join(lines, " | ")))
 	}
 	return handler.Handle(ctx, r)
+}
+
+// urgent are the findings that are more than remarks: a line has no room for those.
+func urgent(findings []report.Finding) (all []report.Finding) {
+	for _, f := range findings {
+		if f.Severity > report.Info {
+			all = append(all, f)
+		}
+	}
+	return all
 }
 
 // labelAttrs are the labels that there are.

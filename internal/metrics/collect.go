@@ -102,6 +102,7 @@ var (
 	sinkFailures  = counter("sink_failures_total", "Attempts to deliver alerts that failed.", "sink")
 	sinkShed      = counter("sink_shed_total", "Alerts given up, for want of room or after too many attempts.", "sink")
 	sinkUp        = gauge("sink_up", "Whether the last attempt to deliver an alert succeeded; 1 if there was none.", "sink")
+	logLost       = counter("log_lines_lost_total", "Lines of fintrace's log, alerts apart, that could not be written, or not fast enough.")
 	reloadOK      = gauge("config_last_reload_successful", "Whether fintrace's configuration could be read when it was last tried.")
 	reloadedAt    = gauge("config_last_reload_success_timestamp_seconds", "When fintrace's configuration was last read with success.")
 	buildInfo     = gauge("build_info", "What this is.", "version", "revision", "goversion")
@@ -433,6 +434,7 @@ func (c *collection) sinks() {
 		c.put(sinkShed, float64(s.Shed), name)
 		c.put(sinkUp, number(s.Healthy), name)
 	}
+	c.put(logLost, float64(c.LogLost))
 }
 
 func number(b bool) float64 {

@@ -32,6 +32,8 @@ type State struct {
 	Alerts map[alert.Event]uint64
 	Sinks  []alert.SinkStats
 
+	LogLost uint64 // lines of the log that were not written
+
 	known   *known
 	stages  []stages // by number of place
 	overdue []int    // by number of excess

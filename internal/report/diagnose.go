@@ -88,6 +88,7 @@ type spotKey struct {
 // diagnoser goes from the evidence to the findings.
 type diagnoser struct {
 	e         *Evidence
+	judged    bool
 	checked   Checked // as a check has it
 	processes map[uint32]*haproxy.Process
 	spots     []*spot
@@ -101,11 +102,14 @@ type diagnoser struct {
 }
 
 // Diagnose says what the evidence means.
-func Diagnose(e Evidence) Diagnosis {
+func Diagnose(e Evidence) Diagnosis { return diagnose(e, false) }
+
+// diagnose is Diagnose; judged: all that is held is too old, and too many.
+func diagnose(e Evidence, judged bool) Diagnosis {
 	if e.Netns == nil {
 		e.Netns = func(uint32) string { return "" }
 	}
-	d := &diagnoser{e: &e, processes: map[uint32]*haproxy.Process{},
+	d := &diagnoser{e: &e, judged: judged, processes: map[uint32]*haproxy.Process{},
 		checked:  Checked{Processes: e.HAProxy, Sysctls: e.Settings, OwnNetns: e.OwnNetns, Netns: e.Netns},
 		unlooked: slices.Clone(e.Unlooked)}
 	for i := range e.HAProxy {
@@ -139,12 +143,20 @@ func Diagnose(e Evidence) Diagnosis {
 	return Diagnosis{Verdict: d.verdict(), Findings: d.findings, Figures: f}
 }
 
-// Advice is what Diagnose says of some of a host's connections: what lets them
-// pile up and what to change, and nothing that compares them with the others.
+// Advice is what Diagnose says of some of a host's connections, which have been
+// found to be too many and too old: what lets them pile up and what to change,
+// and nothing that compares them with the others.
 func Advice(e Evidence) []Finding {
-	return slices.DeleteFunc(Diagnose(e).Findings, func(f Finding) bool {
+	findings := slices.DeleteFunc(diagnose(e, true).Findings, func(f Finding) bool {
 		return slices.Contains([]string{"not-seen", "closed-harmless", "peer-is-one"}, f.ID)
 	})
+	// What it shows has no IDs to refer to.
+	for i := range findings {
+		findings[i].Fix = slices.DeleteFunc(findings[i].Fix, func(e Edit) bool {
+			return len(e.Lines) == 0 && slices.ContainsFunc(findings, func(f Finding) bool { return strings.HasSuffix(e.Text, "as in "+f.ID) })
+		})
+	}
+	return findings
 }
 
 // add adds a finding, but for one that another process has given already.
@@ -192,7 +204,7 @@ func (d *diagnoser) gather() {
 		s := at(c)
 		s.held = append(s.held, c)
 		s.lives = append(s.lives, Lifetime{Entered: c.Since, Lasted: c.Duration, AtLeast: !c.SinceExact})
-		if pastLimit(c) {
+		if d.judged || pastLimit(c) {
 			d.stuck++
 			s.past = append(s.past, c)
 		}
@@ -262,7 +274,7 @@ func (d *diagnoser) findPiles() {
 	for _, s := range d.spots {
 		s.slots = d.slotsOf(s)
 		n := len(s.past)
-		s.isPile = n >= pileMany || n >= pileFew && slices.ContainsFunc(s.slots, func(l *slots) bool {
+		s.isPile = d.judged && n > 0 || n >= pileMany || n >= pileFew && slices.ContainsFunc(s.slots, func(l *slots) bool {
 			return n*pileShare >= l.limit
 		})
 		if s.isPile {
@@ -401,6 +413,8 @@ func (s *spot) from() string {
 		preposition = "at"
 	}
 	switch {
+	case len(s.past) == 1:
+		return preposition + " " + peers[0].name
 	case len(peers) == 1:
 		return fmt.Sprintf("all %s %s", preposition, peers[0].name)
 	case peers[0].n*peerMost >= len(s.past)*(peerMost-1):

@@ -71,8 +71,8 @@ func (d *diagnoser) pileUp(s *spot) {
 		who = processes[0].name + " holds"
 	}
 	f := Finding{Severity: s.severity(), ID: "held-pile-up",
-		Title: fmt.Sprintf("%s %s past their limit at %s, for %s, %s", who,
-			plural(uint64(n), "connection", "connections"), s.where(), upTo(oldest), s.from())}
+		Title: fmt.Sprintf("%s %s limit at %s, for %s, %s", who,
+			plural(uint64(n), "connection past its", "connections past their"), s.where(), upTo(oldest), s.from())}
 	within := ""
 	if young := len(s.held) - n; young > 0 {
 		within = fmt.Sprintf(", and %d within it", young)

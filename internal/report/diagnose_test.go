@@ -969,3 +969,34 @@ func BenchmarkAnonymize(b *testing.B) {
 		Anonymize(s.e)
 	}
 }
+
+// TestAdvice: what alerts has been judged, by settings that may be stricter than
+// a diagnosis is: one connection, and for less than it takes to be called stuck.
+func TestAdvice(t *testing.T) {
+	p := worker(t, 1234, "2.6.12", threadConfig(t))
+	s := newScene(t, p)
+	s.e.Settings[hostns][events.SysctlFinTimeout] = 2
+	s.add(a{n: 1, local: "192.0.2.1:443", remote: "10.0.0.22:0", process: lb, age: 4 * time.Second})
+	advice := Diagnosis{Findings: Advice(s.e)}
+	if d := s.diagnose(); slices.Contains(d.ids(), "held-pile-up") {
+		t.Errorf("a diagnosis calls it a pile: %q", d.ids())
+	}
+	for _, id := range []string{"held-pile-up", "client-fin-unset"} {
+		at := slices.Index(advice.ids(), id)
+		if at < 0 {
+			t.Fatalf("it has %q, and no %s", advice.ids(), id)
+		}
+		f := advice.Findings[at]
+		for _, edit := range f.Fix {
+			if strings.Contains(edit.Text, "as in ") {
+				t.Errorf("%s refers to what has no name here: %q", id, edit.Text)
+			}
+		}
+		if id == "held-pile-up" && !strings.Contains(f.Title, "holds 1 connection past its limit at frontend proxy-https, for up to 4.0s, from 10.0.0.22") {
+			t.Errorf("%s: %s", id, f.Title)
+		}
+		if id == "client-fin-unset" && (len(f.Fix) == 0 || strings.TrimSpace(strings.Join(f.Fix[0].Lines, "")) != "timeout client-fin 60s") {
+			t.Errorf("%s: %+v", id, f.Fix)
+		}
+	}
+}
