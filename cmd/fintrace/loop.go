@@ -293,8 +293,12 @@ func openOrBare(warn func(error)) (*probe.Probe, error) {
 	if err == nil {
 		return p, nil
 	}
+	bare, bareErr := probe.OpenBare()
+	if bareErr != nil {
+		return nil, err
+	}
 	warn(fmt.Errorf("what only BPF shows: when held connections began that were not there before (≥), how minisocks end, and what comes and goes between two looks: %w", err))
-	return probe.OpenBare()
+	return bare, nil
 }
 
 func (w *watch) each(notices []track.Notice) {

@@ -20,7 +20,7 @@ import (
 // TCP_LINGER2, which side accepted it where nobody listens any more, and the
 // TIME_WAIT minisocks that show how a FIN_WAIT2 one ended.
 func OpenBare() (*Probe, error) {
-	clock, err := newClock()
+	clock, err := prepare()
 	return &Probe{clock: clock, bare: true}, err
 }
 
@@ -29,6 +29,9 @@ func (p *Probe) Bare() bool { return p.bare }
 
 // walkBare is walk by sock_diag.
 func walkBare(lookup *Lookup, inode uint32, fn func([]events.Socket)) (counters events.NetnsCounters, err error) {
+	if _, err := lookup.dial(inode); err != nil {
+		return counters, fmt.Errorf("enter it: %w", err)
+	}
 	statistics, err := lookup.Statistics(inode)
 	if err != nil {
 		return counters, err

@@ -52,10 +52,7 @@ type Counters struct {
 // Open loads the programs. Attach starts the records; Snapshot works without.
 // An error is one line that says what is missing and how to get it.
 func Open(opts Options) (_ *Probe, err error) {
-	if _, err := os.Stat("/proc/self/mountinfo"); err != nil {
-		return nil, fmt.Errorf("/proc has to be mounted, for the network namespaces and processes in it: %w", err)
-	}
-	clock, err := newClock()
+	clock, err := prepare()
 	if err != nil {
 		return nil, err
 	}
@@ -89,6 +86,14 @@ func Open(opts Options) (_ *Probe, err error) {
 		return nil, fmt.Errorf("attach the socket iterator: %w", err)
 	}
 	return p, nil
+}
+
+// prepare is for what every Probe needs.
+func prepare() (clock, error) {
+	if _, err := os.Stat("/proc/self/mountinfo"); err != nil {
+		return clock{}, fmt.Errorf("/proc has to be mounted, for the network namespaces and processes in it: %w", err)
+	}
+	return newClock()
 }
 
 // Attach starts the records: from here on Drain finds them. A bare Probe has none.
