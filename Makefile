@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 DURATION ?= 5m
 
-.PHONY: help build run demo list generate haproxies test lab bench soak clean
+.PHONY: help build run demo list generate haproxies test fuzz lab bench soak clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ haproxies: ## fetch the HAProxy versions that tests run beside the system's (Deb
 test: ## check formats, licences and generated files, and run all tests
 	@.ci/check
 	go test ./...
+
+fuzz: ## fuzz every parser and decoder, each for FUZZTIME (1m)
+	.ci/fuzz $(or $(FUZZTIME),1m)
 
 lab: ## have real scenarios diagnosed, and print which has which finding (a minute)
 	go test -c -o dist/lab.test ./cmd/fintrace

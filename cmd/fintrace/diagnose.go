@@ -85,7 +85,7 @@ type diagnosing struct {
 const keptAtMost = 200_000
 
 func (d *diagnosing) run(ctx context.Context) (diagnosis report.Diagnosis, err error) {
-	p, err := probe.Open(probe.Options{})
+	p, err := openOrBare(d.unlooked)
 	if err != nil {
 		return diagnosis, err
 	}

@@ -73,7 +73,7 @@ func listCommand(e env) *cobra.Command {
 // listConnections returns the selected connections, the oldest first, and how
 // many there are in all.
 func listConnections(ctx context.Context, e env, rules limits.Rules, haproxies *haproxies, filter *track.Filter) (conns []track.Conn, total int, err error) {
-	p, err := probe.Open(probe.Options{})
+	p, err := openOrBare(e.notLookedAt)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -84,7 +84,7 @@ func listConnections(ctx context.Context, e env, rules limits.Rules, haproxies *
 		rules:     rules,
 		haproxies: haproxies,
 		notify:    func(*track.Notice) {},
-		warn:      func(err error) { e.notLookedAt(err) },
+		warn:      e.notLookedAt,
 	}
 	if err := w.seed(ctx); err != nil {
 		return nil, 0, err

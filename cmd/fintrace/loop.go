@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"time"
 
@@ -189,6 +190,9 @@ func (w *watch) due(now events.Time) bool {
 func (w *watch) nextSnapshot() events.Time {
 	wait := reconcileEvery
 	switch {
+	case w.probe.Bare():
+		// Snapshots are all there is.
+		wait = min(reconcileEvery, max(time.Second, 20*w.cost))
 	case w.counters.Lost+w.counters.Missed > w.losses, w.tracker.WantsSnapshot():
 		wait = min(doubtfulAtMost, max(time.Second, 100*w.cost))
 	case w.tracker.Count(events.Minisock) > 0:
@@ -333,6 +337,21 @@ func findOwners(sockets []events.Socket) {
 	for i := range sockets {
 		sockets[i].Process = owners[sockets[i].Inode]
 	}
+}
+
+// openOrBare opens the probe, without BPF where that cannot be used: warn is told
+// what is less then.
+func openOrBare(warn func(error)) (*probe.Probe, error) {
+	p, err := probe.Open(probe.Options{})
+	if err == nil {
+		return p, nil
+	}
+	bare, bareErr := probe.OpenBare()
+	if bareErr != nil {
+		return nil, err
+	}
+	warn(fmt.Errorf("what only BPF shows: when held connections began that were not there before (≥), how minisocks end, and what comes and goes between two looks: %w", err))
+	return bare, nil
 }
 
 func (w *watch) each(notices []track.Notice) {

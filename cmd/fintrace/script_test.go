@@ -45,6 +45,7 @@ func TestKernelScript(t *testing.T) {
 			ns := kerneltest.NewNamespace(e.T().(testing.TB))
 			e.Values[namespaceKey{}] = ns
 			e.Setenv("NETNS", strconv.FormatUint(uint64(ns.Inode), 10))
+			e.Setenv("NETNS_PATH", ns.Path())
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

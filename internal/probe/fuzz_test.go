@@ -12,6 +12,7 @@ import (
 	"unsafe"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"golang.org/x/sys/unix"
 )
 
 // aligned copies data to where a record may be: at a multiple of 8 bytes.
@@ -278,4 +279,92 @@ func TestTimeWaitOverflow(t *testing.T) {
 	if _, err := timeWaitOverflow(strings.NewReader("TcpExt: Other\nTcpExt: 4\n")); err == nil {
 		t.Error("a column that is not there")
 	}
+}
+
+// diagMessage is an inet_diag_msg of an IPv4 socket, with its attributes.
+func diagMessage(state events.State, timer byte, expires, inode uint32, attributes ...byte) []byte {
+	b := make([]byte, diagAnswerSize)
+	b[0], b[1], b[diagAnswerTimer] = unix.AF_INET, byte(state), timer
+	binary.BigEndian.PutUint16(b[4:], 443)
+	binary.BigEndian.PutUint16(b[6:], 40001)
+	copy(b[8:], []byte{192, 0, 2, 1})
+	copy(b[24:], []byte{198, 51, 100, 7})
+	binary.NativeEndian.PutUint64(b[diagAnswerCookie:], 0xc00c1e)
+	binary.NativeEndian.PutUint32(b[diagAnswerExpires:], expires)
+	binary.NativeEndian.PutUint32(b[diagAnswerSize-4:], inode)
+	return append(b, attributes...)
+}
+
+// tcpInfo is an attribute with the first bytes of a struct tcp_info.
+func tcpInfo(rto, lastAck uint32) []byte {
+	b := make([]byte, 4+60)
+	binary.NativeEndian.PutUint16(b, uint16(len(b)))
+	binary.NativeEndian.PutUint16(b[2:], inetDiagInfo)
+	binary.NativeEndian.PutUint32(b[4+8:], rto)
+	binary.NativeEndian.PutUint32(b[4+56:], lastAck)
+	return b
+}
+
+func FuzzDecodeDiag(f *testing.F) {
+	f.Add(diagMessage(events.FinWait2, 0, 0, 99, tcpInfo(200_000, 1500)...))
+	f.Add(diagMessage(events.FinWait2, diagTimerTimeWait, 5000, 0))
+	f.Add(diagMessage(events.Listen, 0, 0, 98, 4, 0, 8, 0))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, message []byte) {
+		s, err := decodeDiag(message)
+		if err != nil {
+			return
+		}
+		if s.State != events.FinWait2 && s.Stage != 0 || s.State == events.FinWait2 && s.Stage == 0 {
+			t.Errorf("%v in stage %v", s.State, s.Stage)
+		}
+		if s.Stage == events.Held && s.Inode == 0 || s.Timer < 0 || s.LastAck < 0 || s.Timers.RTO < 0 {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
+func TestDecodeDiag(t *testing.T) {
+	flow := events.Flow{
+		Local:  events.EndpointFrom(netip.MustParseAddrPort("192.0.2.1:443")),
+		Remote: events.EndpointFrom(netip.MustParseAddrPort("198.51.100.7:40001")),
+	}
+	for _, test := range []struct {
+		message []byte
+		want    events.Socket
+	}{
+		{diagMessage(events.FinWait2, 0, 0, 99, tcpInfo(200_000, 1500)...), events.Socket{
+			State: events.FinWait2, Stage: events.Held, Inode: 99,
+			LastAck: 1500 * time.Millisecond, Timers: events.Timers{RTO: 200 * time.Millisecond},
+		}},
+		{diagMessage(events.FinWait2, diagTimerKeepalive, 7000, 99), events.Socket{
+			State: events.FinWait2, Stage: events.Held, Inode: 99, Timer: 7 * time.Second,
+		}},
+		{diagMessage(events.FinWait2, diagTimerKeepalive, 7000, 0), events.Socket{
+			State: events.FinWait2, Stage: events.Orphaned, Timer: 7 * time.Second, HasTimer: true,
+		}},
+		{diagMessage(events.FinWait2, 0, 0, 0), events.Socket{State: events.FinWait2, Stage: events.Orphaned}},
+		{diagMessage(events.FinWait2, diagTimerTimeWait, 5000, 0), events.Socket{
+			State: events.FinWait2, Stage: events.Minisock, Timer: 5 * time.Second, HasTimer: true,
+		}},
+		{diagMessage(events.Listen, 0, 0, 98), events.Socket{State: events.Listen, Inode: 98}},
+	} {
+		want := test.want
+		want.Cookie, want.Flow, want.Entry = 0xc00c1e, flow, -1
+		if got, err := decodeDiag(test.message); err != nil || got != want {
+			t.Errorf("%v\n%+v, want\n%+v", err, got, want)
+		}
+	}
+}
+
+func FuzzPairedLines(f *testing.F) {
+	f.Add("Tcp: CurrEstab InSegs\nTcp: 5 -1\nTcpExt: TCPTimeWaitOverflow\nTcpExt: 3\n")
+	f.Add("Tcp: CurrEstab\nUdp: 1\n")
+	f.Add("Tcp:\nTcp: 1")
+	f.Fuzz(func(t *testing.T, text string) {
+		counts := map[string]int64{}
+		if pairedLines(strings.NewReader(text), counts) == nil && len(counts) > strings.Count(text, " ") {
+			t.Errorf("%d counts of %q", len(counts), text)
+		}
+	})
 }

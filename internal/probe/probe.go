@@ -39,6 +39,7 @@ type Probe struct {
 	walker   *link.Iter
 	ring     *ring
 	clock    clock
+	bare     bool // without BPF: only clock is set
 }
 
 // Counters are totals since Open, over all namespaces.
@@ -51,10 +52,7 @@ type Counters struct {
 // Open loads the programs. Attach starts the records; Snapshot works without.
 // An error is one line that says what is missing and how to get it.
 func Open(opts Options) (_ *Probe, err error) {
-	if _, err := os.Stat("/proc/self/mountinfo"); err != nil {
-		return nil, fmt.Errorf("/proc has to be mounted, for the network namespaces and processes in it: %w", err)
-	}
-	clock, err := newClock()
+	clock, err := prepare()
 	if err != nil {
 		return nil, err
 	}
@@ -90,8 +88,19 @@ func Open(opts Options) (_ *Probe, err error) {
 	return p, nil
 }
 
-// Attach starts the records: from here on Drain finds them.
+// prepare is for what every Probe needs.
+func prepare() (clock, error) {
+	if _, err := os.Stat("/proc/self/mountinfo"); err != nil {
+		return clock{}, fmt.Errorf("/proc has to be mounted, for the network namespaces and processes in it: %w", err)
+	}
+	return newClock()
+}
+
+// Attach starts the records: from here on Drain finds them. A bare Probe has none.
 func (p *Probe) Attach() error {
+	if p.bare {
+		return nil
+	}
 	ring, err := newRing(p.objects.Ring)
 	if err != nil {
 		return thisHost().explain(fmt.Errorf("map the ring buffer: %w", err))
@@ -116,13 +125,21 @@ func (p *Probe) Close() error {
 	if p.ring != nil {
 		errs = append(errs, p.ring.close())
 	}
-	return errors.Join(append(errs, p.objects.Close())...)
+	if !p.bare {
+		errs = append(errs, p.objects.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Ready receives when records are waiting. The kernel wakes it once for any
 // number of records until they are drained, so a caller that waits a little
 // before it drains is woken that much less often.
-func (p *Probe) Ready() <-chan struct{} { return p.ring.ready }
+func (p *Probe) Ready() <-chan struct{} {
+	if p.ring == nil {
+		return nil
+	}
+	return p.ring.ready
+}
 
 // Drain calls fn for each waiting record; before Attach there is none. The Event
 // is reused.
@@ -142,6 +159,9 @@ func (p *Probe) Drain(fn func(*events.Event)) error {
 
 // Counters reads the kernel side's counts.
 func (p *Probe) Counters() (Counters, error) {
+	if p.bare {
+		return Counters{}, nil
+	}
 	var perCPU []bpfCounters
 	if err := p.objects.Counts.Lookup(uint32(0), &perCPU); err != nil {
 		return Counters{}, fmt.Errorf("read the counters: %w", err)

@@ -28,16 +28,25 @@ const rowsPerRead = 512
 // when nothing could.
 func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.Coverage, error) {
 	cov := events.Coverage{Begin: Now(), Netns: map[uint32]events.NetnsCounters{}}
-	if err := p.objects.TimeWaitMaxAge.Set(uint32(min(since.Milliseconds(), 120_000))); err != nil {
-		return cov, fmt.Errorf("set the age of minisocks to show: %w", err)
+	if !p.bare {
+		if err := p.objects.TimeWaitMaxAge.Set(uint32(min(since.Milliseconds(), 120_000))); err != nil {
+			return cov, fmt.Errorf("set the age of minisocks to show: %w", err)
+		}
 	}
 	spaces, err := findNamespaces()
 	if err != nil {
 		return cov, err
 	}
+	lookup := Lookup{spaces: &spaces}
+	defer lookup.Close()
 	buf := rowBuffer{bytes: make([]byte, rowsPerRead*rowSize), sockets: make([]events.Socket, 0, rowsPerRead)}
 	for inode := range spaces.paths {
-		counters, err := p.walk(spaces, inode, &buf, fn)
+		var counters events.NetnsCounters
+		if p.bare {
+			counters, err = walkBare(&lookup, inode, fn)
+		} else {
+			counters, err = p.walk(spaces, inode, &buf, fn)
+		}
 		if err != nil {
 			if !gone(err) {
 				cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))

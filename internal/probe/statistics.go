@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
@@ -80,37 +79,23 @@ func pairedLines(r io.Reader, into map[string]int64) error {
 
 // CloseWait lists the sockets of a network namespace in CLOSE_WAIT: the peer has
 // closed, and the process, if Owners finds it by the inode, has not.
-func (l *Lookup) CloseWait(netns uint32) ([]events.Socket, error) {
-	conn, err := l.dial(netns)
+func (l *Lookup) CloseWait(netns uint32) (sockets []events.Socket, err error) {
+	err = l.dump(netns, events.CloseWait, func(message []byte) error {
+		s, err := decodeDiag(message)
+		s.Netns = netns
+		sockets = append(sockets, s)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("sockets of network namespace %d: %w", netns, err)
-	}
-	var sockets []events.Socket
-	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-		req := make([]byte, diagRequestSize)
-		req[0], req[1] = family, unix.IPPROTO_TCP
-		binary.NativeEndian.PutUint32(req[4:], 1<<events.CloseWait)
-		answers, err := conn.Execute(netlink.Message{
-			Header: netlink.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: netlink.Request | netlink.Dump},
-			Data:   req,
-		})
-		if err != nil {
-			return nil, fmt.Errorf("sockets of network namespace %d: %w", netns, err)
-		}
-		for _, a := range answers {
-			if len(a.Data) < diagAnswerSize {
-				return nil, fmt.Errorf("an answer of %d bytes from sock_diag", len(a.Data))
-			}
-			sockets = append(sockets, closeWait(netns, a.Data))
-		}
 	}
 	return sockets, nil
 }
 
 const diagAnswerSize = 72 // struct inet_diag_msg
 
-// closeWait reads an inet_diag_msg.
-func closeWait(netns uint32, b []byte) events.Socket {
+// diagSocket reads what an inet_diag_msg has of any socket.
+func diagSocket(b []byte) events.Socket {
 	address := func(at int) netip.Addr {
 		if b[0] == unix.AF_INET {
 			return netip.AddrFrom4([4]byte(b[at : at+4]))
@@ -119,8 +104,6 @@ func closeWait(netns uint32, b []byte) events.Socket {
 	}
 	low, high := binary.NativeEndian.Uint32(b[diagAnswerCookie:]), binary.NativeEndian.Uint32(b[diagAnswerCookie+4:])
 	return events.Socket{
-		Netns:  netns,
-		State:  events.CloseWait,
 		Cookie: uint64(high)<<32 | uint64(low),
 		Inode:  uint64(binary.NativeEndian.Uint32(b[diagAnswerSize-4:])),
 		Flow: events.Flow{
