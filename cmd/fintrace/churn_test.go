@@ -109,10 +109,10 @@ func TestListAgreesWithSS(t *testing.T) {
 	finTimeout(t, spaces[0], 1)
 	finTimeout(t, spaces[1], 61)
 	stop := make(chan struct{})
-	var movers sync.WaitGroup
+	var moving sync.WaitGroup
 	defer func() {
 		close(stop)
-		movers.Wait()
+		moving.Wait()
 	}()
 	compare := func() (before, after []string, conns []track.Conn) {
 		before = ssFinWait2(t, spaces)
@@ -127,13 +127,13 @@ func TestListAgreesWithSS(t *testing.T) {
 	compare()
 	// Each step takes longer than a comparison may, also where that takes seconds.
 	step := max(500*time.Millisecond, 3*time.Since(began))
-	enough := 40
+	enough, movers := 40, 12
 	if testing.Short() {
-		enough = 5
+		enough, movers = 5, 3
 	}
-	for i := range 12 {
+	for i := range movers {
 		ns, f := spaces[i%2], []family{ipv4, ipv6, v4mapped}[i%3]
-		movers.Go(func() {
+		moving.Go(func() {
 			for round := i; ; round++ {
 				select {
 				case <-stop:
