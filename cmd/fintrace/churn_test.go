@@ -69,8 +69,13 @@ func TestFoundAtStart(t *testing.T) {
 		t.Errorf("the minisock that had been held was found as %+v", c)
 	}
 
-	for _, p := range []*pair{held, orphan, minisock, later} {
-		end := at(func() { p.closeFD(&p.peer) })
+	pairs := []*pair{held, orphan, minisock, later}
+	ends := map[*pair]moment{}
+	for _, p := range pairs {
+		ends[p] = at(func() { p.closeFD(&p.peer) })
+	}
+	for _, p := range pairs {
+		end := ends[p]
 		c := r.await(t, ns.Inode, p.flow, track.Closed, soon).Conn
 		if c.End != events.PeerFIN || !c.EndExact {
 			t.Errorf("the one found %s ended by %s (exact %v), want peer_fin, exactly", c.Stage, c.End, c.EndExact)
