@@ -58,7 +58,12 @@ func TestFoundAtStart(t *testing.T) {
 	}
 	// Without the stamp of its entry a minisock is known since it was closed.
 	stamped := hasEntryStamp(t)
-	if c := found(minisock); c.Stage != events.Minisock || c.SinceExact != stamped || c.StagesKnown != stamped || c.Side != events.Outbound {
+	c := found(minisock)
+	if c.Stage != events.Minisock || c.SinceExact != stamped || c.Side != events.Outbound {
+		t.Errorf("the minisock was found as %+v", c)
+	}
+	// Its timer, in jiffies, has to agree with its stamp.
+	if c.StagesKnown != stamped && minisock.closed.lag < exact {
 		t.Errorf("the minisock was found as %+v", c)
 	}
 	if !stamped {
@@ -163,7 +168,7 @@ func TestListAgreesWithSS(t *testing.T) {
 		})
 	}
 	compared := 0
-	for deadline := time.Now().Add(60 * step); compared < enough; {
+	for deadline := time.Now().Add(min(60*step, 2*time.Minute)); compared < enough; {
 		if time.Now().After(deadline) {
 			t.Fatalf("only %d comparisons could be made", compared)
 		}

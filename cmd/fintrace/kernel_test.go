@@ -189,6 +189,7 @@ type moment struct {
 func at(call func()) moment {
 	before, lag := probe.Now(), tickLag()
 	call()
+	lag = max(lag, tickLag())
 	return moment{before, probe.Now(), lag}
 }
 
