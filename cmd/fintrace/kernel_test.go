@@ -519,9 +519,13 @@ func TestKernel(t *testing.T) {
 			t.Fatal("the child did not shut down the socket")
 		}
 		pause(300 * time.Millisecond)
-		killed := at(func() { p.must(child.Process.Kill()) })
+		// It is dead, and the socket closed, once it has been waited for.
+		killed := at(func() {
+			p.must(child.Process.Kill())
+			err = child.Wait()
+		})
 		var exit *exec.ExitError
-		if err := child.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL {
+		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL {
 			t.Fatalf("the child ended before it was killed: %v", err)
 		}
 		p.check(r, events.Inbound, soon+10*time.Second, want{end: events.KernelTimeout, held: killed.since(instant(opened.Conn.Since)),
