@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"os"
 	"os/signal"
 	"sync/atomic"
 	"time"
@@ -50,8 +51,11 @@ SIGHUP reads the configuration anew; one that is wrong is not taken.`,
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		d.env = e
 		d.explicit = cmd.Flags().Changed("config")
-		if !d.explicit {
+		switch {
+		case !d.explicit:
 			d.path = defaultConfig
+		case d.path == "":
+			return errors.New("--config: the path is empty; leave the flag out for " + defaultConfig)
 		}
 		d.logTo = newSwapHandler(slog.DiscardHandler)
 		d.lines = newLogQueue(d.logTo)
@@ -134,6 +138,9 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 	defer d.lines.flush(lastWord)
 	// Whose log has lost its reader goes on without.
 	signal.Ignore(unix.SIGPIPE)
+	// From the beginning and to the end, for SIGHUP would end it else.
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, unix.SIGHUP)
 	c := s.config
 	if d.own, err = probe.OwnNetns(); err != nil {
 		return err
@@ -181,7 +188,7 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 
 	tasks.Go(func() error { return d.state.run(ctx) })
 	tasks.Go(func() error { return d.outbox.Run(ctx) })
-	tasks.Go(func() error { return d.reloads(ctx) })
+	tasks.Go(func() error { return d.reloads(ctx, hangup) })
 	tasks.Go(func() error { return d.watchdog(ctx) })
 	tasks.Go(func() error { return d.server.wait(ctx) })
 	tasks.Go(func() error { return d.loop(ctx) })

@@ -88,26 +88,29 @@ func (d *daemon) evaluate(now events.Time) {
 	d.cost = d.evaluated.Sub(now)
 }
 
-// say delivers changes. They are noted first: if we were killed in between, the
-// next run would go on with an alert of which a sink may not have heard, which
-// it makes up for; the other way round it would fire anew.
+// say delivers changes. They are handed to the disk first, which takes some
+// milliseconds: if we are killed then, the next run goes on with an alert of
+// which a sink may not have heard, and makes up for it.
 func (d *daemon) say(changes []alert.Change) {
-	var lookup probe.Lookup
-	defer lookup.Close()
+	defer d.watch.lookup.Close()
+	began := probe.Now()
 	settings := map[uint32]events.Sysctls{}
 	names := d.names.names()
 	alerts := make([]alert.Alert, 0, len(changes))
 	for i := range changes {
 		c := &changes[i]
-		c.Alert.Examples, c.Alert.Advice = nil, nil
-		if len(c.Conns) > 0 {
-			for n := range min(len(c.Conns), examples) {
-				c.Alert.Examples = append(c.Alert.Examples, report.NewRecord("", probe.Now(), &c.Conns[n], names))
-			}
+		c.Alert.Examples = nil
+		for n := range min(len(c.Conns), examples) {
+			c.Alert.Examples = append(c.Alert.Examples, report.NewRecord("", probe.Now(), &c.Conns[n], names))
+		}
+		switch {
+		case len(c.Conns) == 0:
+			c.Alert.Advice = nil
+		case probe.Now().Sub(began) < advising:
 			netns := c.Conns[0].Netns
 			if _, done := settings[netns]; !done {
 				var err error
-				if settings[netns], err = lookup.Sysctls(netns); err != nil {
+				if settings[netns], err = d.watch.lookup.Sysctls(netns); err != nil {
 					d.warn(err)
 				}
 			}
@@ -118,6 +121,12 @@ func (d *daemon) say(changes []alert.Change) {
 	d.state.save(d.book.Save())
 	d.outbox.Send(alerts...)
 }
+
+// advising is how long the loop finds out about advice: with a configuration of
+// a thousand proxies it is tens of milliseconds for each alert. Those with most
+// connections come first; where hundreds change at once the others have what was
+// said before, or nothing until they are spoken of again.
+const advising = 50 * time.Millisecond
 
 // examples is how many connections an alert shows.
 const examples = 5

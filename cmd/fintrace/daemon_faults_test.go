@@ -5,6 +5,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -24,8 +25,10 @@ import (
 
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxytest"
 	"github.com/fintrace/fintrace/internal/kerneltest"
 	"github.com/fintrace/fintrace/internal/probe"
+	"github.com/fintrace/fintrace/internal/report"
 	"github.com/fintrace/fintrace/internal/track"
 )
 
@@ -90,6 +93,10 @@ func (r *receiver) await(t *testing.T, n int, ns *kerneltest.Namespace, events .
 	}
 	return r.about(ns, events...)[n-1]
 }
+
+// windUp is for all of an end that has its own bound nowhere, on a busy machine:
+// the last look at the sockets, and the detaching of the programs.
+const windUp = 4 * time.Second
 
 // TestDaemonLog has the log fail in every way: alerts reach others, and the
 // daemon answers and ends.
@@ -198,7 +205,7 @@ shutdown_timeout: 1s
 			}
 			began := time.Now()
 			err := d.end()
-			if took := time.Since(began); took > time.Second+2*lastWord+late {
+			if took := time.Since(began); took > time.Second+2*lastWord+windUp {
 				t.Errorf("it took %s to end", took)
 			}
 			exit := (*exec.ExitError)(nil)
@@ -207,8 +214,12 @@ shutdown_timeout: 1s
 			}
 			if test.mend {
 				<-read
-				for _, want := range []string{`"msg":"watching"`, `"msg":"alerts cannot be delivered"`, `"event":"resolved"`} {
-					if n := strings.Count(string(written), want); n != 1 {
+				lines := strings.Split(string(written), "\n")
+				for _, want := range [][]string{{`"msg":"watching"`}, {`"msg":"alerts cannot be delivered"`, `"sink":"log"`}, {`"event":"resolved"`, `"netns":"` + inode(ns) + `"`}} {
+					has := func(line string) bool {
+						return !slices.ContainsFunc(want, func(part string) bool { return !strings.Contains(line, part) })
+					}
+					if n := len(slices.DeleteFunc(slices.Clone(lines), func(line string) bool { return !has(line) })); n != 1 {
 						t.Errorf("%d lines have %s:\n%s", n, want, written)
 					}
 				}
@@ -300,8 +311,23 @@ shutdown_timeout: 1s
 		}
 	}
 	began := time.Now()
-	err := d.end()
-	if took := time.Since(began); took > time.Second+late {
+	d.signal(unix.SIGTERM)
+	// A reload that comes too late, or a terminal that is closed, breaks nothing off.
+	hangups := time.NewTicker(20 * time.Millisecond)
+	defer hangups.Stop()
+	var err error
+	for ended := false; !ended; {
+		select {
+		case err = <-d.exited:
+			ended = true
+		case <-hangups.C:
+			_ = d.Process.Signal(unix.SIGHUP) // it may have ended by now
+			if time.Since(began) > 30*time.Second {
+				t.Fatal("it does not end")
+			}
+		}
+	}
+	if took := time.Since(began); took > time.Second+windUp {
 		t.Errorf("it took %s to end", took)
 	}
 	exit := (*exec.ExitError)(nil)
@@ -554,7 +580,7 @@ func TestDaemonMeanwhile(t *testing.T) {
 	for _, p := range []uint16{ends, stays} {
 		fired[p] = d.await("the alert", port(p, alert.Fired))
 	}
-	d.awaitSaved(func(s alert.Saved) bool { return len(s.Alerts) == 2 })
+	d.awaitSaved(ns, 2)
 
 	d.signal(unix.SIGKILL)
 	d.gone()
@@ -602,18 +628,20 @@ func TestDaemonMeanwhile(t *testing.T) {
 // wall is a time as records have it.
 func wall(t events.Time) time.Time { return time.Now().Add(t.Sub(probe.Now())) }
 
-// awaitSaved waits until the state file is so.
-func (d *daemonProcess) awaitSaved(fits func(alert.Saved) bool) (text []byte) {
+// awaitSaved waits until the state file has so many alerts of a namespace.
+func (d *daemonProcess) awaitSaved(ns *kerneltest.Namespace, n int) {
 	d.t.Helper()
+	var text []byte
 	err := await("the state to be kept", func() bool {
 		var s alert.Saved
 		text, _ = os.ReadFile(filepath.Join(d.dir, "alerts.json"))
-		return json.Unmarshal(text, &s) == nil && fits(s)
+		err := json.Unmarshal(text, &s)
+		ours := slices.DeleteFunc(s.Alerts, func(a alert.SavedAlert) bool { return a.Labels.Netns != inode(ns) })
+		return err == nil && len(ours) == n
 	})
 	if err != nil {
 		d.t.Fatalf("%v: it is %s", err, text)
 	}
-	return text
 }
 
 // TestDaemonStateFile starts with state files that are not to be used, or cannot
@@ -662,7 +690,9 @@ func TestDaemonStateFile(t *testing.T) {
 			if err := d.end(); err != nil {
 				t.Error(err)
 			}
-			warnings := d.logged(func(l *logLine) bool { return l.Level != "INFO" && l.Alert == "" })
+			warnings := d.logged(func(l *logLine) bool {
+				return l.Level != "INFO" && l.Alert == "" && l.Message != "not looked at" // on all of the host
+			})
 			switch {
 			case test.want == "" && len(warnings) == 0:
 			case test.want == "" || len(warnings) != 1 || warnings[0].Message != test.want || !strings.Contains(warnings[0].Error, test.why):
@@ -687,7 +717,7 @@ func TestDaemonTwice(t *testing.T) {
 	d := startDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0")+fmt.Sprintf("\nweb: {listen: %q}\n", at))
 	holdSome(t, ns, 1)
 	d.await("the alert", spoken(inode(ns), alert.Fired))
-	before := d.awaitSaved(func(s alert.Saved) bool { return len(s.Alerts) == 1 })
+	d.awaitSaved(ns, 1)
 	path := filepath.Join(d.dir, "alerts.json")
 	stamp := func() (st unix.Stat_t) {
 		if err := unix.Stat(path, &st); err != nil {
@@ -696,20 +726,547 @@ func TestDaemonTwice(t *testing.T) {
 		st.Atim = unix.Timespec{}
 		return st
 	}
-	then := stamp()
-	out, err := exec.Command("fintrace", "daemon", "--config", d.config).CombinedOutput()
-	exit := (*exec.ExitError)(nil)
-	want := "fintrace: web listener " + at + ": another process listens there (ss -ltnp shows which)\n"
-	if !errors.As(err, &exit) || exit.ExitCode() != 1 || string(out) != want {
-		t.Errorf("the second ends with %v and %q, want %q", err, out, want)
-	}
-	if after, err := os.ReadFile(path); err != nil || stamp() != then || string(after) != string(before) {
-		t.Errorf("the state of the first is now %q, %v", after, err)
+	// The first writes it whenever an alert changes, on all of the host.
+	if err := await("a second daemon to leave the state of the first alone", func() bool {
+		then := stamp()
+		out, err := exec.Command("fintrace", "daemon", "--config", d.config).CombinedOutput()
+		exit := (*exec.ExitError)(nil)
+		want := "fintrace: web listener " + at + ": another process listens there (ss -ltnp shows which)\n"
+		if !errors.As(err, &exit) || exit.ExitCode() != 1 || string(out) != want {
+			t.Fatalf("the second ends with %v and %q, want %q", err, out, want)
+		}
+		return stamp() == then
+	}); err != nil {
+		t.Error(err)
 	}
 	if alerts := d.alerts(inode(ns)); len(alerts) != 1 {
 		t.Errorf("the first has %+v", alerts)
 	}
 	if err := d.end(); err != nil {
 		t.Error(err)
+	}
+}
+
+// relay is the configuration of a HAProxy in front of a server at port 20000.
+const relay = `
+defaults
+	mode tcp
+	timeout connect 10s
+	timeout client 1h
+	timeout client-fin FIN
+	timeout server 1h
+frontend web
+	bind 127.0.0.1:7000
+	default_backend servers
+backend servers
+	server origin 127.0.0.1:20000
+`
+
+// behind starts the system's HAProxy with a client-fin, and the server behind it.
+func behind(t *testing.T, ns *kerneltest.Namespace, mode haproxytest.Mode, fin string) (h *haproxytest.HAProxy, origin net.Listener) {
+	t.Helper()
+	versions := haproxytest.Versions(t)
+	own := slices.IndexFunc(versions, func(v haproxytest.Version) bool { return v.Root == "" })
+	if own < 0 {
+		t.Skip("not run: haproxy is not installed")
+	}
+	var err error
+	ns.Do(func() { origin, err = net.Listen("tcp4", "127.0.0.1:20000") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { origin.Close() })
+	return haproxytest.Start(t, ns, versions[own], mode, strings.Replace(relay, "FIN", fin, 1)), origin
+}
+
+// pinned makes a connection through HAProxy that it holds towards the client, and
+// waits until the daemon says of it what is wanted.
+func (d *daemonProcess) pinned(ns *kerneltest.Namespace, origin net.Listener, want func(*report.Record) bool) {
+	d.t.Helper()
+	client, server := through(d.t, ns, "", "127.0.0.1:7000", origin)
+	if err := server.CloseWrite(); err != nil {
+		d.t.Fatal(err)
+	}
+	var got []report.Record
+	err := awaitFor(soon, "the connection", func() bool {
+		got = d.connections("side=inbound&netns=" + inode(ns))
+		return slices.ContainsFunc(got, func(r report.Record) bool { return r.Remote == client.LocalAddr().String() && want(&r) })
+	})
+	if err != nil {
+		d.t.Fatalf("%v %s: %+v", err, client.LocalAddr(), got)
+	}
+}
+
+// TestDaemonHAProxyFile changes the file of a HAProxy that runs, and breaks it.
+func TestDaemonHAProxyFile(t *testing.T) {
+	kerneltest.Require(t)
+	t.Parallel()
+	ns := kerneltest.NewNamespace(t)
+	h, origin := behind(t, ns, haproxytest.MasterWorker, "30s")
+	d := startDaemon(t, "")
+	limited := func(fin string) func(*report.Record) bool {
+		return func(r *report.Record) bool {
+			return r.HAProxy != nil && r.HAProxy.Proxy == "web" && !r.HAProxy.Old &&
+				strings.HasPrefix(r.LimitSource, "haproxy.cfg:6 defaults timeout client-fin "+fin)
+		}
+	}
+	known := func() {
+		t.Helper()
+		if read, is := d.metric("fintrace_haproxy_config_read", "haproxy="+h.Inside(h.ConfigPath())); read != 1 || !is {
+			t.Errorf("fintrace_haproxy_config_read is %v (%t)", read, is)
+		}
+	}
+	write := func(fin string) { h.WriteConfig(strings.Replace(relay, "FIN", fin, 1)) }
+	d.pinned(ns, origin, limited("30s"))
+	known()
+
+	// A worker runs what it was started with, whatever its file says now.
+	write("20s")
+	pause(2 * checkEvery)
+	d.pinned(ns, origin, limited("30s"))
+	known()
+	h.Reload()
+	d.pinned(ns, origin, limited("20s"))
+	known()
+
+	write("soon")
+	h.Signal(unix.SIGUSR2)
+	said := func(l *logLine) bool {
+		return l.Level == "WARN" && l.Message == "not looked at" && strings.Contains(l.What, h.ConfigPath()+":6:21: ")
+	}
+	d.await("a line about the file", said)
+	d.pinned(ns, origin, limited("20s"))
+	known()
+	if n := len(d.logged(said)); n != 1 {
+		t.Errorf("it is said %d times", n)
+	}
+
+	// Who comes now cannot know what runs.
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+	again := time.Now()
+	d.start()
+	d.await("a line about the file", func(l *logLine) bool { return l.Read.After(again) && said(l) })
+	d.pinned(ns, origin, func(r *report.Record) bool {
+		return r.HAProxy == nil && strings.HasPrefix(r.LimitSource, "net.ipv4.tcp_fin_timeout")
+	})
+	if read, is := d.metric("fintrace_haproxy_config_read", "haproxy=unknown"); read != 0 || !is {
+		t.Errorf("fintrace_haproxy_config_read is %v (%t)", read, is)
+	}
+	write("10s")
+	h.Reload()
+	d.pinned(ns, origin, limited("10s"))
+	known()
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDaemonHAProxyRestart restarts a HAProxy, and then stops it: its alert goes,
+// comes back as the same, and goes.
+func TestDaemonHAProxyRestart(t *testing.T) {
+	kerneltest.Require(t)
+	t.Parallel()
+	ns := kerneltest.NewNamespace(t)
+	finTimeout(t, ns, 1)
+	h, origin := behind(t, ns, haproxytest.Foreground, "1h")
+	d := startDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0"))
+	held := func(*report.Record) bool { return true }
+	ours := func(n int, event alert.Event) logLine {
+		t.Helper()
+		is := func(l *logLine) bool {
+			return l.Labels.Proxy == "web" && l.Labels.Side == "inbound" && spoken(inode(ns), event)(l)
+		}
+		if err := awaitFor(soon, "the alert", func() bool { return len(d.logged(is)) >= n }); err != nil {
+			t.Fatal(err)
+		}
+		return d.logged(is)[n-1]
+	}
+	d.pinned(ns, origin, held)
+	first := ours(1, alert.Fired)
+	h.Restart()
+	ours(1, alert.Resolved)
+	d.pinned(ns, origin, held)
+	second := ours(2, alert.Fired)
+	if second.Labels != first.Labels || second.Alert != first.Alert {
+		t.Errorf("after the restart it is %s of %+v, before it was %s of %+v", second.Alert, second.Labels, first.Alert, first.Labels)
+	}
+	path := "haproxy=" + h.Inside(h.ConfigPath())
+	if n, is := d.metric("fintrace_haproxy_held_connections", path, "worker=current"); !is || n != 1 {
+		t.Errorf("%v connections are held (%t)", n, is)
+	}
+	h.Stop()
+	ours(2, alert.Resolved)
+	if err := awaitFor(soon, "HAProxy to be forgotten", func() bool {
+		_, is := d.metric("fintrace_haproxy_config_read", path)
+		return !is
+	}); err != nil {
+		t.Error(err)
+	}
+	if alerts := d.alerts(inode(ns)); len(alerts) != 0 {
+		t.Errorf("there is still %+v", alerts)
+	}
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDaemonNamespaces makes and deletes network namespaces while a daemon runs.
+func TestDaemonNamespaces(t *testing.T) {
+	kerneltest.Require(t)
+	t.Parallel()
+	const holds, closes = 7070, 7071
+	d := startDaemon(t, fmt.Sprintf(`
+limits:
+  - {name: held, match: {local_port: %d}, fin_timeout: 1s}
+  - {name: closed, match: {local_port: %d, stage: minisock}, fin_timeout: 1s}
+alerts: {min_connections: 1, resolve_after: 1s, peers_per_group: 0}
+`, holds, closes))
+	of := func(netns string) string { return fmt.Sprintf("port=%d,%d&netns=%s", holds, closes, netns) }
+	var was string // the first
+	t.Run("with connections", func(t *testing.T) {
+		ns := kerneltest.NewNamespace(t)
+		was = inode(ns)
+		finTimeout(t, ns, 5)
+		all := slices.Concat(holdOn(t, ns, holds, 1), holdOn(t, ns, closes, 1))
+		all[1].subject.Close()
+		for _, limit := range []string{"held", "closed"} {
+			d.await("the alert", func(l *logLine) bool { return l.Labels.Limit == limit && spoken(was, alert.Fired)(l) })
+		}
+		// With their peers gone without a word, what is left ends with the
+		// namespace, which no event tells.
+		for _, h := range all {
+			if err := h.peer.SetLinger(0); err != nil {
+				t.Error(err)
+			}
+		}
+		ns.Do(func() {
+			if out, err := exec.Command("ip", "link", "set", "lo", "down").CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		})
+	})
+	for _, limit := range []string{"held", "closed"} {
+		d.await("the resolution", func(l *logLine) bool { return l.Labels.Limit == limit && spoken(was, alert.Resolved)(l) })
+	}
+	var left []report.Record
+	if err := awaitFor(soon, "the connections to leave", func() bool {
+		left = d.byInode(was, holds, closes)
+		return len(left) == 0
+	}); err != nil {
+		t.Errorf("%v: %+v", err, left)
+	}
+	d.leaksNothing(func() {
+		for range 20 {
+			t.Run("one of many", func(t *testing.T) {
+				ns := kerneltest.NewNamespace(t)
+				holdOn(t, ns, holds, 1)
+				if err := awaitFor(soon, "the connection", func() bool { return len(d.connections(of(inode(ns)))) == 1 }); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	})
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// byInode are the connections in a namespace at some ports, which there may be no
+// way to name any more.
+func (d *daemonProcess) byInode(netns string, ports ...int) (records []report.Record) {
+	d.t.Helper()
+	for _, port := range ports {
+		for _, r := range d.connections(fmt.Sprintf("port=%d", port)) {
+			if fmt.Sprint(r.Netns) == netns {
+				records = append(records, r)
+			}
+		}
+	}
+	return records
+}
+
+// TestDaemonDefaults: without a configuration file the defaults hold, and anybody
+// may ask.
+func TestDaemonDefaults(t *testing.T) {
+	if _, err := os.Stat(defaultConfig); err == nil {
+		t.Skip("this host has a", defaultConfig)
+	}
+	out, err := exec.Command("unprivileged", "daemon", "--check").CombinedOutput()
+	if err != nil || !strings.HasPrefix(string(out), "There is no configuration file: the defaults hold.\n") {
+		t.Errorf("it ends with %v and says:\n%s", err, out)
+	}
+}
+
+// stopped is how long TestDaemonStopped stops the daemon. The ring buffer has
+// room for some seconds of what two processors make.
+var stopped = flag.Duration("daemon.stopped", 5*time.Second, "how long the daemon is stopped under load")
+
+// halfClosing makes connections that are each in FIN_WAIT2 by shutdown for a
+// moment, of which the kernel side sends all, until stop is closed.
+func halfClosing(t *testing.T, ns *kerneltest.Namespace, workers int) (stop func() (made int)) {
+	t.Helper()
+	ns.Sysctl(t, "net.ipv4.ip_local_port_range", "1024 65535")
+	end := make(chan struct{})
+	results := make(chan churn, workers)
+	for w := range workers {
+		go ns.Do(func() { results <- halfCloser(byte(w+1), end) })
+	}
+	stop = sync.OnceValue(func() (made int) {
+		close(end)
+		for range workers {
+			c := <-results
+			if c.failed != nil {
+				t.Error("the load failed:", c.failed)
+			}
+			made += c.made
+		}
+		return made
+	})
+	t.Cleanup(func() { stop() })
+	return stop
+}
+
+func halfCloser(id byte, end <-chan struct{}) (c churn) {
+	listener, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return churn{failed: err}
+	}
+	defer unix.Close(listener)
+	if err := errors.Join(unix.Bind(listener, &unix.SockaddrInet4{}), unix.Listen(listener, 1)); err != nil {
+		return churn{failed: err}
+	}
+	bound, err := unix.Getsockname(listener)
+	if err != nil {
+		return churn{failed: err}
+	}
+	for port := int(endpoint(bound).Port); ; c.made++ {
+		select {
+		case <-end:
+			return c
+		default:
+		}
+		client, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return churn{c.made, err}
+		}
+		err = unix.Connect(client, &unix.SockaddrInet4{Addr: [4]byte{127, id, byte(c.made / 250 % 250), byte(c.made%250 + 1)}, Port: port})
+		server := -1
+		if err == nil {
+			server, _, err = unix.Accept4(listener, unix.SOCK_CLOEXEC)
+		}
+		if err == nil {
+			err = errors.Join(unix.Shutdown(client, unix.SHUT_WR), awaitFIN(server))
+		}
+		unix.Close(server)
+		unix.Close(client)
+		if err != nil {
+			return churn{c.made, err}
+		}
+	}
+}
+
+// TestDaemonStopped stops a daemon under load, as a debugger or a freezer does.
+// What is lost is counted, and put right by a look at the sockets.
+func TestDaemonStopped(t *testing.T) {
+	kerneltest.Require(t)
+	ns, busy := kerneltest.NewNamespace(t), kerneltest.NewNamespace(t)
+	d := startDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0"))
+	port := func(port uint16, events ...alert.Event) func(*logLine) bool {
+		return func(l *logLine) bool { return l.Labels.Port == port && spoken(inode(ns), events...)(l) }
+	}
+	const ends, stays, comes, later = 7001, 7002, 7003, 7004
+	ending := holdOn(t, ns, ends, 2)
+	holdOn(t, ns, stays, 2)
+	stop := halfClosing(t, busy, 2)
+	d.await("an alert", port(ends, alert.Fired))
+	d.await("an alert", port(stays, alert.Fired))
+
+	began := time.Now()
+	d.signal(unix.SIGSTOP)
+	for _, h := range ending {
+		h.close()
+	}
+	pause(*stopped / 2)
+	entered := moment{before: probe.Now()}
+	coming := holdOn(t, ns, comes, 1)[0]
+	entered.after = probe.Now()
+	// An answer to a probe would be taken for the last ACK before it was there.
+	for _, end := range []*net.TCPConn{coming.subject, coming.peer} {
+		if err := end.SetKeepAlive(false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pause(*stopped - time.Since(began))
+	goes := time.Now()
+	d.signal(unix.SIGCONT)
+
+	if err := await("the daemon to be in health", func() bool { code, _ := d.get("/healthz"); return code == http.StatusOK }); err != nil {
+		t.Error(err)
+	}
+	t.Logf("in health %s after the stop", time.Since(goes))
+	if resolved := d.await("the resolution", port(ends, alert.Resolved)); resolved.Read.Sub(goes) > time.Second+track.Grace+late {
+		t.Errorf("what has ended is said %s after the stop", resolved.Read.Sub(goes))
+	}
+	if fired := d.await("an alert", port(comes, alert.Fired)); fired.Read.Sub(goes) > time.Second+track.Grace+late {
+		t.Errorf("what has come is said %s after the stop", fired.Read.Sub(goes))
+	}
+	if records := d.connections(fmt.Sprintf("port=%d&netns=%s", comes, inode(ns))); len(records) != 1 {
+		t.Errorf("%+v have come, want one", records)
+	} else if r := records[0]; r.Since.Before(wall(entered.before).Add(-tick)) || r.Since.After(wall(entered.after).Add(tick)) {
+		t.Errorf("what has come is there since %v (exact: %t), want %v to %v", r.Since, r.SinceExact, wall(entered.before), wall(entered.after))
+	}
+	// It keeps up again.
+	holdOn(t, ns, later, 1)
+	due := time.Now().Add(time.Second + track.Grace)
+	if fired := d.await("an alert", port(later, alert.Fired)); fired.Read.Sub(due) > time.Second+late {
+		t.Errorf("the next alert came %s after the limit had passed", fired.Read.Sub(due))
+	}
+	if n := len(d.logged(port(stays))); n != 1 {
+		t.Errorf("%d lines are about the alert that went on", n)
+	}
+	made := stop()
+	lost, is := d.metric("fintrace_records_lost_total")
+	missed, _ := d.metric("fintrace_events_missed_total")
+	corrected, _ := d.metric("fintrace_snapshot_corrections_total")
+	t.Logf("%d connections, %.0f a second: %v records lost, %v events missed, %v corrections",
+		made, float64(made)/time.Since(began).Seconds(), lost, missed, corrected)
+	// Half of them in the stop, each with two records of some hundred bytes.
+	if overrun := made > 200_000; overrun && lost == 0 || !is {
+		t.Errorf("%v records are lost (%t)", lost, is)
+	}
+	var listed, there []string
+	spaces := []*kerneltest.Namespace{ns, busy}
+	if err := awaitFor(soon, "the table to be as ss has it", func() bool {
+		there, listed = ssFinWait2(t, spaces), nil
+		for _, ns := range spaces {
+			for _, r := range d.connections("netns=" + inode(ns)) {
+				listed = append(listed, fmt.Sprintf("%d %s %s", r.Netns, r.Local, r.Remote))
+			}
+		}
+		slices.Sort(listed)
+		return slices.Equal(listed, there)
+	}); err != nil {
+		t.Errorf("%v:\ntable %q\nss    %q", err, listed, there)
+	}
+	if alerts := d.alerts(inode(ns)); len(alerts) != 3 {
+		t.Errorf("%d alerts fire, want 3: %+v", len(alerts), alerts)
+	}
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDaemonSlowClients has two hundred clients that send slowly or do not read,
+// under load: no alert waits for them, nor does who asks how the daemon is.
+func TestDaemonSlowClients(t *testing.T) {
+	kerneltest.Require(t)
+	ns, busy := kerneltest.NewNamespace(t), kerneltest.NewNamespace(t)
+	d := startDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0"))
+	busy.Do(func() { // for long answers
+		for range 1000 {
+			h, err := connected()
+			if err == nil {
+				t.Cleanup(h.close)
+				err = h.subject.CloseWrite()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	halfClosing(t, busy, 1)
+
+	ended := make(chan struct{})
+	var clients sync.WaitGroup
+	t.Cleanup(func() { close(ended); clients.Wait() })
+	asks := []string{"", "GET /api/v1/connections?limit=10000 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET /api/v1/alerts HTTP/1.1\r\nHost: localhost\r\n\r\n"}
+	var answered atomic.Int32
+	for n := range 200 {
+		clients.Go(func() {
+			for {
+				if c, err := net.Dial("tcp", d.at); err == nil {
+					slowClient(c.(*net.TCPConn), asks[n%len(asks)], n%3 == 0, n%3 == 1, ended, &answered)
+				}
+				select {
+				case <-ended:
+					return
+				case <-time.After(100 * time.Millisecond): // it was turned away
+				}
+			}
+		})
+	}
+	if err := await("answers to begin", func() bool { return answered.Load() > 0 }); err != nil {
+		t.Fatal(err)
+	}
+	due := map[uint16]time.Time{}
+	for port := uint16(7001); port <= 7008; port++ {
+		holdOn(t, ns, int(port), 1)
+		due[port] = time.Now().Add(time.Second + track.Grace)
+		pause(200 * time.Millisecond)
+	}
+	var after []time.Duration
+	for port, at := range due {
+		fired := d.await("the alert", func(l *logLine) bool { return l.Labels.Port == port && spoken(inode(ns), alert.Fired)(l) })
+		after = append(after, fired.Read.Sub(at))
+		asked := time.Now()
+		if code, body := d.get("/healthz"); code != http.StatusOK || time.Since(asked) > time.Second+late {
+			t.Errorf("/healthz: %d %s after %s", code, body, time.Since(asked))
+		}
+	}
+	slices.Sort(after)
+	t.Logf("from the limit to the line: %s", after)
+	// One may have had to wait for a processor.
+	if median, worst := after[len(after)/2], after[len(after)-1]; median > time.Second || worst > time.Second+late {
+		t.Errorf("the lines came %s after the limit had passed, the last %s", median, worst)
+	}
+	t.Logf("%d answers have begun", answered.Load())
+	began := time.Now()
+	if err := d.end(); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); took > 2*time.Second+windUp {
+		t.Errorf("it took %s to end", took)
+	}
+}
+
+// slowClient asks, a byte now and then if slowly, reads the beginning of the
+// answer, and unless it leaves then some bytes a second, until the connection or
+// all ends.
+func slowClient(c *net.TCPConn, ask string, slowly, leaves bool, ended <-chan struct{}, answered *atomic.Int32) {
+	defer c.Close()
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		select {
+		case <-ended:
+			c.Close()
+		case <-done:
+		}
+	}()
+	// A refusal, or the end, shows as an error of the next read or write.
+	_ = c.SetReadBuffer(4096)
+	step := len(ask)
+	if slowly {
+		step = 1
+	}
+	for ; len(ask) > 0; ask = ask[step:] {
+		if _, err := io.WriteString(c, ask[:step]); err != nil {
+			return
+		}
+		pause(50 * time.Millisecond)
+	}
+	buf := make([]byte, 16)
+	if _, err := io.ReadFull(c, buf); err != nil {
+		return
+	}
+	answered.Add(1)
+	for !leaves {
+		if _, err := c.Read(buf); err != nil {
+			return
+		}
+		pause(100 * time.Millisecond)
 	}
 }

@@ -27,9 +27,10 @@ import (
 	"github.com/fintrace/fintrace/internal/kerneltest"
 )
 
-// liveConfig is the incident's: a frontend that clients fill who never close.
-// Its global maxconn is less than twice the frontend's.
-const liveConfig = `
+// liveConfig is the incident's, with a name for the frontend, which clients fill
+// who never close. Its global maxconn is less than twice the frontend's.
+func liveConfig(name string) string {
+	return `
 global
 	maxconn 60
 defaults
@@ -37,11 +38,12 @@ defaults
 	timeout connect 5s
 	timeout client 1h
 	timeout server 1h
-listen live-https
+listen ` + name + `
 	bind *:443
 	maxconn 50
 	server web1 ` + labServer + `
 `
+}
 
 // installed finds a program of a package, or skips the test; with
 // FINTRACE_REQUIRE_KERNEL_TESTS set it fails instead.
@@ -310,8 +312,10 @@ func TestDaemonLive(t *testing.T) {
 	w := newWorld(t)
 	w.finTimeout(2)
 	w.listen(w.internet, labServer, w.answers)
-	w.runs(liveConfig)
 	netns := inode(w.host)
+	// No other on this host has that name.
+	proxy := "live-" + netns
+	w.runs(liveConfig(proxy))
 
 	// Alertmanager, and who is notified.
 	var heard pager
@@ -373,7 +377,7 @@ alerting:
 	if err != nil {
 		t.Fatalf("%v: %+v", err, now)
 	}
-	want := alert.Labels{Limit: "tcp_fin_timeout", Stage: "held", Side: "inbound", Proxy: "live-https", Peer: labWorker2, Process: "haproxy", Netns: netns}
+	want := alert.Labels{Limit: "tcp_fin_timeout", Stage: "held", Side: "inbound", Proxy: proxy, Peer: labWorker2, Process: "haproxy", Netns: netns}
 	if now.ID != fired.Alert || now.Labels != want || now.Maxconn != 50 || now.StartsAt.Before(before) {
 		t.Errorf("the alert is %+v, want it to be of %+v", now, want)
 	}
@@ -381,7 +385,7 @@ alerting:
 	if now.LimitSource != source {
 		t.Errorf("the limit is %q, want %q", now.LimitSource, source)
 	}
-	said := fmt.Sprintf("%d connections from %s held in FIN_WAIT2 at listen live-https (port 443) by haproxy", pile, labWorker2)
+	said := fmt.Sprintf("%d connections from %s held in FIN_WAIT2 at listen %s (port 443) by haproxy", pile, labWorker2, proxy)
 	if !strings.HasPrefix(now.Summary, said) || !strings.Contains(now.Summary, source) {
 		t.Errorf("it says %q, want %q and %q", now.Summary, said, source)
 	}
@@ -443,7 +447,7 @@ alerting:
 			t.Errorf("its advice is %q, which lacks %q", advice, line)
 		}
 	}
-	if _, page := d.get("/"); !bytes.Contains(page, []byte(fmt.Sprintf("%s:%d: listen live-https: %d past their limit", config, listenAt, pile))) {
+	if _, page := d.get("/"); !bytes.Contains(page, fmt.Appendf(nil, "%s:%d: listen %s: ", config, listenAt, proxy)) {
 		t.Errorf("the page does not say where the frontend is:\n%s", page)
 	}
 
@@ -452,7 +456,7 @@ alerting:
 	piled := []string{"FintraceFrontendSlotsHeld", "FintracePileUp", "FintracePileUpTakesSlots"}
 	also := []string{"FintraceFrontendWillBeFull", "FintraceFinTimeoutNotDefault"}
 	ofRules := func(s sent) bool {
-		return slices.Contains(piled, s.Labels["alertname"]) && s.Labels["proxy"] == "live-https"
+		return slices.Contains(piled, s.Labels["alertname"]) && s.Labels["proxy"] == proxy
 	}
 	var alerts []sent
 	names := func() (all []string) {
@@ -469,12 +473,12 @@ alerting:
 		t.Fatalf("%v; there are %+v", err, alerts)
 	}
 	for _, a := range alerts {
-		switch name, proxy := a.Labels["alertname"], a.Labels["proxy"]; {
+		switch name, of := a.Labels["alertname"], a.Labels["proxy"]; {
 		case ofRules(a):
 			if a.Labels["instance"] != d.at || a.Annotations["runbook_url"] == "" {
 				t.Errorf("%s is of %v", name, a.Labels)
 			}
-		case !slices.Contains(also, name) && (proxy == "live-https" || proxy == "" && a.Labels["side"] == ""):
+		case !slices.Contains(also, name) && (of == proxy || of == "" && a.Labels["side"] == ""):
 			// Not of another program that has its own troubles on this host.
 			t.Errorf("Prometheus says %v: %s", a.Labels, a.Annotations["summary"])
 		}
@@ -486,14 +490,14 @@ alerting:
 		}
 	}
 	for expr, want := range map[string]float64{
-		`fintrace_haproxy_held_connections{proxy="live-https",worker="current"}`: pile,
-		`fintrace_haproxy_frontend_maxconn{proxy="live-https"}`:                  50,
-		`cluster:fintrace_piled_up_hosts:count{cluster="live"}`:                  1,
-		`cluster:fintrace_targets_up:ratio{cluster="live"}`:                      1,
+		`fintrace_haproxy_held_connections{worker="current",proxy="` + proxy + `"}`: pile,
+		`fintrace_haproxy_frontend_maxconn{proxy="` + proxy + `"}`:                  50,
+		`cluster:fintrace_piled_up_hosts:count{cluster="live"}`:                     1,
+		`cluster:fintrace_targets_up:ratio{cluster="live"}`:                         1,
 	} {
 		p.awaitValue(expr, func(v float64) bool { return v == want })
 	}
-	checkExposition(t, promtool, d, p, config, netns)
+	checkExposition(t, promtool, d, p, config, proxy, netns)
 
 	// The clients go.
 	gone := time.Now()

@@ -34,6 +34,7 @@ type daemonProcess struct {
 	*exec.Cmd
 	t      *testing.T
 	dir    string
+	under  []string        // the command that starts it, if there is one
 	config string          // the path of its configuration
 	at     string          // the address it listens on
 	log    func(*exec.Cmd) // sends its log elsewhere; at has to be known then
@@ -102,7 +103,8 @@ func (d *daemonProcess) write(config string) {
 // start starts it, for the first time or again, and waits until it is ready.
 func (d *daemonProcess) start() {
 	d.t.Helper()
-	d.Cmd = exec.Command("fintrace", "daemon", "--config", d.config)
+	command := slices.Concat(d.under, []string{"fintrace", "daemon", "--config", d.config})
+	d.Cmd = exec.Command(command[0], command[1:]...)
 	var stderr io.ReadCloser
 	var err error
 	if d.log != nil {
@@ -187,7 +189,9 @@ func (d *daemonProcess) logged(fits func(*logLine) bool) (lines []logLine) {
 // await waits for a line that fits, and returns the first.
 func (d *daemonProcess) await(what string, fits func(*logLine) bool) (line logLine) {
 	d.t.Helper()
-	err := await(what, func() bool {
+	// What the kernel skips while another test's program is attached is found by
+	// the next look at all sockets.
+	err := awaitFor(soon, what, func() bool {
 		lines := d.logged(fits)
 		if len(lines) > 0 {
 			line = lines[0]

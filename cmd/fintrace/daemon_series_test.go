@@ -112,7 +112,7 @@ func rows(t *testing.T) (of map[string]int, native int) {
 	says(`(?m)^\| each HAProxy configuration; each of its frontends .* \| (\d+); (\d+) \|$`, ofHAProxy, ofFrontend)
 	says(`(?m)^\| each network namespace; the orphans \| (\d+); (\d+) \|$`, ofNetns, ofOrphans)
 	says(`(?m)^\| each sink \| (\d+) \|$`, ofSink)
-	says(`make (\d+) of\s+the (\d+);`, "native", "classic")
+	says(`make (\d+) of the (\d+):`, "native", "classic")
 	if sum := of[ofHistograms] + of[ofItself] + of[ofRuntime]; sum != of["fixed"] || of["classic"] != of[ofHistograms] {
 		t.Errorf("deploy/README.md adds up wrong: %v", of)
 	}
@@ -126,7 +126,7 @@ func rows(t *testing.T) (of map[string]int, native int) {
 // checkExposition compares what the daemon exposes with what others say of it:
 // promtool, the golden file that the rules and dashboards are held to, and the
 // README, which says how many series there are.
-func checkExposition(t *testing.T, promtool string, d *daemonProcess, p prometheus, config, netns string) {
+func checkExposition(t *testing.T, promtool string, d *daemonProcess, p prometheus, config, proxy, netns string) {
 	t.Helper()
 	scrape := func() []byte {
 		code, body := d.get("/metrics")
@@ -165,9 +165,9 @@ func checkExposition(t *testing.T, promtool string, d *daemonProcess, p promethe
 		mine := true
 		switch row := s.row(); row {
 		case ofPort:
-			mine = s.labels["port"] == "443" && s.labels["proxy"] == "live-https"
+			mine = s.labels["port"] == "443" && s.labels["proxy"] == proxy
 		case ofLimit, ofFrontend:
-			mine = s.labels["proxy"] == "live-https" && s.labels["side"] != "outbound"
+			mine = s.labels["proxy"] == proxy && s.labels["side"] != "outbound"
 		case ofHAProxy:
 			mine = s.labels["haproxy"] == config
 		case ofNetns:

@@ -114,7 +114,9 @@ alerts: {min_connections: %[2]d, peers_per_group: %[3]d, resolve_after: 1s, upda
 
 	// It is as it was before.
 	there := func() (n int) {
-		var answer struct{ Connections []struct{ Local, Remote string } }
+		var answer struct {
+			Connections []struct{ Local, Remote string }
+		}
 		s.ask("/api/v1/connections?limit=10000&netns="+fmt.Sprint(ns.Inode), &answer)
 		real := ssFinWait2(t, []*kerneltest.Namespace{ns})
 		for _, c := range answer.Connections {
@@ -196,7 +198,9 @@ alerts: {min_connections: %[2]d, peers_per_group: %[3]d, resolve_after: 1s, upda
 	}
 }
 
-func grownOf(before, after soakScrape, name string) float64 { return after.get(name) - before.get(name) }
+func grownOf(before, after soakScrape, name string) float64 {
+	return after.get(name) - before.get(name)
+}
 
 // soak is a daemon and what has been seen of it.
 type soak struct {
@@ -409,7 +413,9 @@ func quantiles(all []time.Duration) string {
 	}
 	all = slices.Clone(all)
 	slices.Sort(all)
-	at := func(q float64) time.Duration { return all[int(q*float64(len(all)-1)+0.5)].Round(100 * time.Microsecond) }
+	at := func(q float64) time.Duration {
+		return all[int(q*float64(len(all)-1)+0.5)].Round(100 * time.Microsecond)
+	}
 	return fmt.Sprintf("p50 %s, p99 %s, max %s of %d", at(0.5), at(0.99), at(1), len(all))
 }
 

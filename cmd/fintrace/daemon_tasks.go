@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/signal"
 	"slices"
 	"time"
 
@@ -59,10 +58,7 @@ func (d *daemon) watchdog(ctx context.Context) error {
 }
 
 // reloads reads the configuration anew at each SIGHUP.
-func (d *daemon) reloads(ctx context.Context) error {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, unix.SIGHUP)
-	defer signal.Stop(hangup)
+func (d *daemon) reloads(ctx context.Context, hangup <-chan os.Signal) error {
 	for {
 		select {
 		case <-ctx.Done():

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -78,8 +79,8 @@ func TestDaemonRestart(t *testing.T) {
 		t.Fatalf("%+v, want the alert %s of 3 connections", before, first.Alert)
 	}
 	if err := await("the state to be kept", func() bool {
-		_, err := os.Stat(d.dir + "/alerts.json")
-		return err == nil
+		text, err := os.ReadFile(d.dir + "/alerts.json")
+		return err == nil && strings.Contains(string(text), inode(ns))
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math"
@@ -47,7 +48,9 @@ type watch struct {
 
 	rules     limits.Rules
 	haproxies *haproxies
+	lookup    probe.Lookup // closed between two steps
 
+	running  bool // between start and finish
 	counters probe.Counters
 	checked  events.Time // when the counters were read
 	losses   uint64      // lost and missed records as of the last snapshot
@@ -82,6 +85,7 @@ func (w *watch) run(ctx context.Context) error {
 	defer timer.Stop()
 	var drainAt events.Time // 0: no record is waiting
 	again := probe.Now()    // the first turn is at once
+	w.running = true
 	for {
 		now := probe.Now()
 		timer.Reset(max(min(w.nextWake(drainAt), again).Sub(now), 0))
@@ -119,6 +123,7 @@ func (w *watch) run(ctx context.Context) error {
 			if err := w.reconcile(); err != nil {
 				return err
 			}
+			now = probe.Now()
 		}
 		w.advance(now)
 		w.haproxies.refresh(ctx, now)
@@ -137,14 +142,13 @@ func (w *watch) warnOf(lines []string) {
 
 // advance makes the time now.
 func (w *watch) advance(now events.Time) {
-	var lookup probe.Lookup
-	defer lookup.Close()
+	defer w.lookup.Close()
 	lookups := 0
 	w.each(w.tracker.Advance(now, func(netns uint32, f events.Flow, cookie uint64) bool {
 		if lookups++; lookups > lookupsPerPass {
 			return true
 		}
-		state, found, err := lookup.Find(netns, f)
+		state, found, err := w.lookup.Find(netns, f)
 		// Where it may not be looked at, the events' word must do.
 		return err != nil || state == events.FinWait2 && (found == cookie || !events.IsCookie(cookie))
 	}))
@@ -152,6 +156,7 @@ func (w *watch) advance(now events.Time) {
 
 // finish reads what is left and looks at the sockets once more.
 func (w *watch) finish() error {
+	w.running = false
 	if err := w.drain(); err != nil {
 		return err
 	}
@@ -221,37 +226,44 @@ func (w *watch) reconcile() error {
 	losses := w.counters.Lost + w.counters.Missed
 	began, spent := probe.Now(), processorTime()
 	since := began.Sub(w.began) + time.Second
-	var unowned []events.Socket
-	var drained error
+	var (
+		unowned []events.Socket
+		cov     events.Coverage
+		err     error
+	)
 	w.tracker.BeginSnapshot(began)
-	cov, err := w.probe.Snapshot(since, func(sockets []events.Socket) {
-		drained = errors.Join(drained, w.drain())
-		owned := sockets[:0]
-		for i := range sockets {
-			s := &sockets[i]
-			if tracked, _ := w.tracker.Get(s.Cookie, began); s.Stage == events.Held && !tracked.Process.Known() {
-				unowned = append(unowned, *s)
-			} else {
-				owned = append(owned, *s)
-			}
-		}
-		w.each(w.tracker.Observe(owned))
+	drained := w.aside(func(inLoop func(func() error)) {
+		cov, err = w.probe.Snapshot(since, func(sockets []events.Socket) {
+			inLoop(func() error {
+				drained := w.drain()
+				owned := sockets[:0]
+				for i := range sockets {
+					s := &sockets[i]
+					if tracked, _ := w.tracker.Get(s.Cookie, began); s.Stage == events.Held && !tracked.Process.Known() {
+						unowned = append(unowned, *s)
+					} else {
+						owned = append(owned, *s)
+					}
+				}
+				w.each(w.tracker.Observe(owned))
+				return drained
+			})
+		})
+		findOwners(unowned)
 	})
-	findOwners(unowned)
 	if err := errors.Join(err, drained, w.drain()); err != nil {
 		return err
 	}
 	w.each(w.tracker.Observe(unowned))
 	w.skipped = cov.Skipped
 	w.warnOf(cov.Skipped)
-	var lookup probe.Lookup
-	defer lookup.Close()
+	defer w.lookup.Close()
 	lookups := 0
 	w.each(w.tracker.EndSnapshot(cov, func(netns uint32, f events.Flow) bool {
 		if lookups++; lookups > lookupsPerPass {
 			return true // Not known to be free.
 		}
-		state, _, err := lookup.Find(netns, f)
+		state, _, err := w.lookup.Find(netns, f)
 		return state != 0 || err != nil
 	}))
 	w.cost = processorTime() - spent
@@ -260,6 +272,47 @@ func (w *watch) reconcile() error {
 		w.looked(w.ended.Sub(began), time.Now())
 	}
 	return nil
+}
+
+// aside does work on a goroutine of its own: to walk a million sockets takes
+// seconds where the processors are busy. The loop goes on meanwhile, with all but
+// what a snapshot is for. What work gives to its argument is done by the loop's
+// goroutine before that returns; the first of the errors of all this is returned.
+func (w *watch) aside(work func(inLoop func(func() error))) (err error) {
+	steps, ended := make(chan func()), make(chan struct{})
+	go func() {
+		defer close(ended)
+		work(func(step func() error) {
+			done := make(chan struct{})
+			steps <- func() { defer close(done); err = cmp.Or(err, step()) }
+			<-done
+		})
+	}()
+	tick := time.NewTicker(batchDelay)
+	defer tick.Stop()
+	asked := w.asked
+	if !w.running {
+		asked = nil
+	}
+	for {
+		select {
+		case <-ended:
+			return err
+		case step := <-steps:
+			step()
+		case do := <-asked:
+			do()
+		case <-tick.C:
+			err = cmp.Or(err, w.drain())
+			if !w.running {
+				continue
+			}
+			w.advance(probe.Now())
+			if w.turn != nil {
+				w.turn(probe.Now())
+			}
+		}
+	}
 }
 
 // processorTime is what this process has had so far.

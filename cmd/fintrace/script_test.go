@@ -188,8 +188,10 @@ func (h held) close() {
 }
 
 // await waits for something that takes milliseconds, on a busy machine seconds.
-func await(what string, done func() bool) error {
-	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
+func await(what string, done func() bool) error { return awaitFor(20*time.Second, what, done) }
+
+func awaitFor(most time.Duration, what string, done func() bool) error {
+	for deadline := time.Now().Add(most); !done(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("waited in vain for %s", what)
 		}

@@ -68,6 +68,10 @@ type Alert struct {
 // Firing says whether it has not resolved.
 func (a *Alert) Firing() bool { return a.EndsAt == nil }
 
+// grave says whether half of the proxy's slots were taken at its worst, so that
+// it does not go back and forth.
+func (a *Alert) grave() bool { return a.Maxconn > 0 && 2*a.Peak >= a.Maxconn }
+
 // SinkStats are totals of one sink since it was made.
 type SinkStats struct {
 	Name      string

@@ -150,13 +150,12 @@ func (m *manager) deliver(ctx context.Context, alerts []Alert) error {
 	return nil
 }
 
-// severity is that of the alert at its worst, so that it does not go back and
-// forth: critical where half of the proxy's slots were taken.
+// severity is that of the alert at its worst.
 func (m *manager) severity(a *Alert) string {
 	if label, ok := m.config.Labels["severity"]; ok {
 		return label
 	}
-	if a.Maxconn > 0 && 2*a.Peak >= a.Maxconn {
+	if a.grave() {
 		return "critical"
 	}
 	return "warning"
@@ -196,7 +195,9 @@ func (m *manager) posted(a *Alert, now time.Time) posted {
 	}
 	if a.Firing() {
 		p.Annotations["count"] = strconv.Itoa(a.Count)
-		p.Annotations["oldest"] = oldest(a)
+		if a.Oldest > 0 { // else none has been seen since a restart
+			p.Annotations["oldest"] = oldest(a)
+		}
 	} else {
 		p.EndsAt = *a.EndsAt
 		p.Annotations["duration"] = report.Duration(a.EndsAt.Sub(a.StartsAt))

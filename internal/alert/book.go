@@ -81,6 +81,7 @@ type life struct {
 	count    int
 	cookie   uint64 // of the oldest connection
 	source   string // of its limit
+	grave    bool
 
 	late     bool        // an update is held back until UpdateEvery has passed
 	low      bool        // it is below the threshold, and has been
@@ -283,7 +284,8 @@ func (b *Book) judge(f *family, g *group, now events.Time) {
 		return
 	}
 	l.low = false
-	changed := g.count >= 2*l.count || 2*g.count <= l.count || g.cookie == l.cookie && l.alert.LimitSource != l.source
+	changed := g.count >= 2*l.count || 2*g.count <= l.count || l.alert.grave() != l.grave ||
+		g.cookie == l.cookie && l.alert.LimitSource != l.source
 	soon := now < l.notified.Add(s.UpdateEvery)
 	switch {
 	case l.restored, changed && !soon:
@@ -338,7 +340,7 @@ func (b *Book) notify(g *group, e Event, now events.Time) {
 	l := g.life
 	l.alert.Event = e
 	l.notified, l.restored, l.late = now, false, false
-	l.count, l.cookie, l.source = g.count, g.cookie, l.alert.LimitSource
+	l.count, l.cookie, l.source, l.grave = g.count, g.cookie, l.alert.LimitSource, l.alert.grave()
 	switch e {
 	case Fired:
 		b.counts.Fired++

@@ -51,9 +51,10 @@ func writeAlert(ctx context.Context, handler slog.Handler, a *Alert) error {
 		r.AddAttrs(
 			slog.Int("count", a.Count),
 			slog.Int("peak", a.Peak),
-			slog.Float64("oldest_seconds", a.Oldest),
-			slog.Bool("oldest_exact", a.OldestExact),
 		)
+		if a.Oldest > 0 { // else none has been seen since a restart
+			r.AddAttrs(slog.Float64("oldest_seconds", a.Oldest), slog.Bool("oldest_exact", a.OldestExact))
+		}
 	} else {
 		r.AddAttrs(
 			slog.Int("peak", a.Peak),

@@ -23,6 +23,8 @@ import (
 
 	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/fintrace/fintrace/internal/report"
 )
 
 // entry is what journald is sent.
@@ -106,6 +108,35 @@ func TestLogSink(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	golden(t, "log.txt", got)
+}
+
+// TestLogSinkUnknown: a line has no remarks, and no age that is not known.
+func TestLogSinkUnknown(t *testing.T) {
+	var out bytes.Buffer
+	h, err := NewHandler("json", &out, slog.LevelInfo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := stuck(Updated)
+	a.Count, a.Oldest = 0, 0
+	a.Advice = append(a.Advice, report.Finding{Severity: report.Info, Fix: []report.Edit{{Text: "leave it as it is"}}})
+	if err := NewLog("log", slog.New(h)).Deliver(t.Context(), []Alert{a}); err != nil {
+		t.Fatal(err)
+	}
+	var line map[string]any
+	if err := json.Unmarshal(out.Bytes(), &line); err != nil {
+		t.Fatal(err)
+	}
+	if age, has := line["oldest_seconds"]; has {
+		t.Errorf("the oldest is said to be %v s old", age)
+	}
+	if want := "after /etc/haproxy/haproxy.cfg:12: timeout client-fin 30s"; line["advice"] != want {
+		t.Errorf("its advice is %q, want %q", line["advice"], want)
+	}
+	p := (&manager{}).posted(&a, time.Now())
+	if age, has := p.Annotations["oldest"]; has {
+		t.Errorf("an Alertmanager is told that the oldest is %q old", age)
+	}
 }
 
 // What is not asked for is not written, and is no failure.

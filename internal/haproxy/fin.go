@@ -4,6 +4,7 @@ package haproxy
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -116,14 +117,17 @@ func (c *Config) tunnel(p *Proxy) Setting[time.Duration] {
 	if p.Kind == Backend {
 		return longest
 	}
-	uses := map[string]bool{p.DefaultBackend.Value: true}
+	uses := []string{p.DefaultBackend.Value} // few, and a configuration may have thousands
 	all := false
 	for _, u := range p.UseBackends {
-		uses[u.Value] = true
+		uses = append(uses, u.Value)
 		all = all || u.Undecided || strings.Contains(u.Value, "%[")
 	}
 	for _, b := range c.Proxies {
-		if t := b.Timeouts["tunnel"]; b.Connects() && (all || uses[b.Name]) && t.Value > longest.Value {
+		if !b.Connects() || !all && !slices.Contains(uses, b.Name) {
+			continue
+		}
+		if t := b.Timeouts["tunnel"]; t.Value > longest.Value {
 			longest = t
 		}
 	}

@@ -295,6 +295,13 @@ func awaitEnd(fd int) error {
 	}
 }
 
+// Restart ends all its processes and starts anew what was started first.
+func (h *HAProxy) Restart() {
+	h.t.Helper()
+	h.Stop()
+	h.start()
+}
+
 // Signal sends a signal to the process in charge.
 func (h *HAProxy) Signal(sig syscall.Signal) {
 	h.t.Helper()

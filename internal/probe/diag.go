@@ -15,10 +15,11 @@ import (
 )
 
 // A Lookup asks for what is in single network namespaces, for sockets by
-// sock_diag(7). The namespaces are those at its first question. Close it after
-// a series.
+// sock_diag(7). Close it after a series of questions: it keeps the namespaces
+// alive. It may be asked again after that, and remembers the ways into them.
 type Lookup struct {
 	spaces *namespaces
+	fresh  bool // spaces are of this series
 	conns  map[uint32]*netlink.Conn
 }
 
@@ -28,6 +29,7 @@ func (l *Lookup) Close() error {
 	for _, c := range l.conns {
 		errs = append(errs, c.Close())
 	}
+	l.conns, l.fresh = nil, false
 	return errors.Join(errs...)
 }
 
@@ -108,14 +110,26 @@ func (l *Lookup) dial(netns uint32) (*netlink.Conn, error) {
 	return c, nil
 }
 
-// open returns a file that enters a namespace, nil for the caller's own.
+// open returns a file that enters a namespace, nil for the caller's own. It goes
+// through the processes of the host once in a series at most, and only where no
+// way in is known.
 func (l *Lookup) open(netns uint32) (*os.File, error) {
-	if l.spaces == nil {
-		spaces, err := findNamespaces()
-		if err != nil {
-			return nil, err
-		}
-		l.spaces = &spaces
+	own, err := OwnNetns()
+	if err != nil {
+		return nil, err
 	}
-	return l.spaces.open(netns)
+	if netns == own {
+		return nil, nil
+	}
+	if l.spaces != nil {
+		if f, err := l.spaces.open(netns); err == nil || l.fresh {
+			return f, err
+		}
+	}
+	spaces, err := findNamespaces()
+	if err != nil {
+		return nil, err
+	}
+	l.spaces, l.fresh = &spaces, true
+	return spaces.open(netns)
 }

@@ -286,7 +286,7 @@ func (p *page) addAlerts(now time.Time, alerts []alert.Alert) {
 			Count:    a.Count,
 			Peak:     a.Peak,
 			Maxconn:  a.Maxconn,
-			Oldest:   age(a.Oldest, a.OldestExact),
+			Oldest:   oldest(a),
 			Limit:    limit(a.LimitSec),
 			Source:   report.Clean(a.LimitSource),
 			Examples: viewConnections(a.Examples),
@@ -309,8 +309,10 @@ func (p *page) addAlerts(now time.Time, alerts []alert.Alert) {
 
 // labels are what the connections of an alert have in common, in words.
 func labels(l *alert.Labels) []string {
-	port := fmt.Sprintf("port %d", l.Port)
-	all := []string{l.Side, l.Stage, port}
+	all := []string{l.Side, l.Stage}
+	if l.Port != 0 { // else the proxy says it
+		all = append(all, fmt.Sprintf("port %d", l.Port))
+	}
 	for _, label := range [...][2]string{
 		{"proxy", l.Proxy}, {"server", l.Server}, {"peer", l.Peer}, {"process", l.Process}, {"netns", l.Netns},
 	} {
@@ -391,6 +393,15 @@ func viewConnections(records []report.Record) []connectionView {
 }
 
 func (a Age) String() string { return age(a.Duration.Seconds(), !a.AtLeast) }
+
+// oldest is how old the oldest connection of an alert is, or was: of one that goes
+// on after a restart, none may have been seen since.
+func oldest(a *alert.Alert) string {
+	if a.Oldest == 0 {
+		return "?"
+	}
+	return age(a.Oldest, a.OldestExact)
+}
 
 // age is a time in FIN_WAIT2: rounded down, and marked, where it is a lower bound.
 func age(seconds float64, exact bool) string {

@@ -139,7 +139,7 @@ func firing(n, peak int, proxy, peer string) alert.Alert {
 	}
 	return alert.Alert{
 		ID: "3f2a", Event: alert.Fired,
-		Labels: alert.Labels{Limit: "tcp_fin_timeout", Stage: "held", Side: "inbound", Proxy: proxy, Port: 443,
+		Labels: alert.Labels{Limit: "tcp_fin_timeout", Stage: "held", Side: "inbound", Proxy: proxy,
 			Peer: peer, Process: "haproxy"},
 		StartsAt: now.Add(-12*time.Minute - 3*time.Second), UpdatedAt: now,
 		Count: n, Peak: peak, Oldest: 7980, OldestExact: false,
@@ -243,7 +243,10 @@ func states() map[string]state {
 	all["partial"] = state{status: s, ready: errors.New("the sockets that were there before have not all been looked at yet")}
 
 	still := firing(0, 57, "www", "198.51.100.22")
-	all["resolving"] = state{status: quiet(), alerts: []alert.Alert{still}}
+	unseen := firing(0, 12, "", "198.51.100.23") // since a restart
+	unseen.Labels.Port, unseen.Oldest, unseen.Examples, unseen.Advice = 8080, 0, nil, nil
+	unseen.Summary = "no longer any connections from 198.51.100.23 held in FIN_WAIT2 at port 8080 by haproxy, 12 at the peak"
+	all["resolving"] = state{status: quiet(), alerts: []alert.Alert{still, unseen}}
 	all["busy"] = state{err: context.DeadlineExceeded}
 	return all
 }
