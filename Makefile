@@ -37,6 +37,10 @@ test: ## check formats, licences and generated files, and run all tests
 fuzz: ## fuzz every parser and decoder, each for FUZZTIME (1m)
 	.ci/fuzz $(or $(FUZZTIME),1m)
 
+test-kernels: ## run the kernel tests on Debian's kernels from 5.10 on, in QEMU (some minutes each; KERNELS=5.10-amd64,7-amd64 for some)
+	go build -trimpath -o dist/kernels.run ./internal/kernels
+	dist/kernels.run -only '$(KERNELS)' $(GUESTS:%=-guests %)
+
 lab: ## have real scenarios diagnosed, and print which has which finding (a minute)
 	go test -c -o dist/lab.test ./cmd/fintrace
 	cd cmd/fintrace && $(SUDO) ../../dist/lab.test -test.run '^TestLab' -lab.matrix

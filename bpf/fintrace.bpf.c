@@ -23,7 +23,8 @@ struct config {
 	__u32 hz;	      /* jiffies per second */
 	__u8 all_states;      /* send every transition, not only FIN_WAIT2's */
 	__u8 report_instants; /* send connections that left as they entered */
-	__u8 padding[2];
+	__u8 before_5_12;     /* tracing programs have no socket cookie */
+	__u8 padding;
 };
 
 volatile const struct config config;
@@ -31,7 +32,7 @@ volatile const struct config config;
 /* One transition of one TCP socket. */
 struct event {
 	__u64 time;	   /* ns, CLOCK_BOOTTIME */
-	__u64 cookie;	   /* the socket's, unique on the host until reboot */
+	__u64 cookie;	   /* the socket's, unique on the host until reboot; 0: before 5.12 */
 	__u64 cgroup;	   /* cgroup2 id of the process below */
 	__u32 netns;	   /* inode of the network namespace */
 	__u32 pid;	   /* thread group that sent our FIN or closed; 0: unknown */
@@ -56,7 +57,7 @@ struct event {
 /* One socket as the iterator finds it: a listener, FIN_WAIT2, or a minisock. */
 struct row {
 	__u64 time;   /* ns, CLOCK_BOOTTIME, when it was read */
-	__u64 cookie; /* forced, so that later events carry it too */
+	__u64 cookie; /* forced, so that later events carry it too; 0: before 5.12 */
 	__u64 inode;  /* of a held socket, for /proc/PID/fd */
 	__u32 netns;
 	__u32 fin_timeout; /* jiffies */
@@ -123,6 +124,16 @@ struct {
 /* Of the TIME_WAIT minisocks the iterator shows only those younger than this. */
 __u32 time_wait_max_age; /* ms */
 
+/*
+ * The socket's cookie, which it has from then on. The verifier knows the
+ * configuration: of what follows from it, the other branch costs nothing, and
+ * may call what the kernel does not have.
+ */
+static __always_inline __u64 cookie_of(void *sk)
+{
+	return config.before_5_12 ? 0 : bpf_get_socket_cookie(sk);
+}
+
 static __always_inline __u64 checksum(const struct closer *c)
 {
 	return c->cgroup ^ c->comm[0] ^ c->comm[1] ^ c->pid;
@@ -131,13 +142,19 @@ static __always_inline __u64 checksum(const struct closer *c)
 /* Writes the current process into c. */
 static __always_inline void read_closer(struct closer *c, const struct sock *sk)
 {
-	/* The process's name; a thread's own says nothing to an operator. */
-	const __u64 *comm = (const void *)bpf_get_current_task_btf()->group_leader->comm;
-
 	c->cgroup = bpf_get_current_cgroup_id();
 	c->pid = bpf_get_current_pid_tgid() >> 32;
-	c->comm[0] = comm[0];
-	c->comm[1] = comm[1];
+	/* The process's name; a thread's own says nothing to an operator. */
+	if (config.before_5_12) {
+		struct task_struct *task = (void *)bpf_get_current_task();
+
+		BPF_CORE_READ_INTO(&c->comm, task, group_leader, comm);
+	} else {
+		const __u64 *comm = (const void *)bpf_get_current_task_btf()->group_leader->comm;
+
+		c->comm[0] = comm[0];
+		c->comm[1] = comm[1];
+	}
 	c->check = checksum(c);
 	c->sk = (__u64)sk;
 }
@@ -235,7 +252,7 @@ static __always_inline void send(struct sock *sk, const struct tcp_sock *tp, int
 		return;
 	}
 	e->time = bpf_ktime_get_boot_ns();
-	e->cookie = bpf_get_socket_cookie(sk);
+	e->cookie = cookie_of(sk);
 	e->netns = net->ns.inum;
 	e->fin_timeout = net->ipv4.sysctl_tcp_fin_timeout;
 	e->linger2 = tp->linger2;
@@ -315,7 +332,7 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 		    fin_time(tp, sk->__sk_common.skc_net.net) <=
 			    (__s32)config.hz * TCP_TIMEWAIT_SECONDS) {
 			/* Now, for the minisock to take it over. */
-			bpf_get_socket_cookie(sk);
+			cookie_of(sk);
 			return 0;
 		}
 		known = take_closer(&who, sk);
@@ -359,7 +376,7 @@ int snapshot(struct bpf_iter__tcp *ctx)
 		 */
 		state = BPF_CORE_READ(tw, tw_substate);
 		/* One in TIME_WAIT is of interest only as the end of a FIN_WAIT2 that was sent. */
-		if (state == TCP_TIME_WAIT && !skc->skc_cookie.counter)
+		if (state == TCP_TIME_WAIT && !skc->skc_cookie.counter && !config.before_5_12)
 			return 0;
 		timer = (long)(BPF_CORE_READ(tw, tw_timer.expires) - bpf_jiffies64());
 		if (state == TCP_TIME_WAIT &&
@@ -400,7 +417,7 @@ int snapshot(struct bpf_iter__tcp *ctx)
 
 	net = skc->skc_net.net;
 	r.time = bpf_ktime_get_boot_ns();
-	r.cookie = bpf_get_socket_cookie(skc);
+	r.cookie = cookie_of(skc);
 	r.netns = net->ns.inum;
 	r.fin_timeout = net->ipv4.sysctl_tcp_fin_timeout;
 	r.device = skc->skc_bound_dev_if;

@@ -64,6 +64,10 @@ var rooms = map[string]room{
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},
 		why: "it reports facts, and decides nothing about them",
 	},
+	"internal/kernels": {
+		may: []string{"golang.org/x/sync/errgroup", "golang.org/x/sys/unix"},
+		why: "it boots kernels and runs programs, and has to know nothing of what those do",
+	},
 	"internal/haproxytest": {
 		may: []string{module + "internal/kerneltest", "golang.org/x/sys/unix"},
 		why: "it runs the real HAProxy to judge the program by, and has to know nothing of that",

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
@@ -45,7 +46,7 @@ func TestFoundAtStart(t *testing.T) {
 	found := func(p *pair) track.Conn {
 		t.Helper()
 		n := r.await(t, ns.Inode, p.flow, track.Opened, time.Second)
-		p.near("found", n.Conn.Duration, moment{n.Time, n.Time}.since(p.entry()), 0)
+		p.near("found", n.Conn.Duration, instant(n.Time).since(p.entry()), p.entry().lag)
 		return n.Conn
 	}
 	if c := found(held); c.Stage != events.Held || c.SinceExact || c.Side != events.Inbound ||
@@ -55,22 +56,51 @@ func TestFoundAtStart(t *testing.T) {
 	if c := found(orphan); c.Stage != events.Orphaned || c.SinceExact || c.Side != events.Inbound {
 		t.Errorf("the orphan was found as %+v", c)
 	}
-	if c := found(minisock); c.Stage != events.Minisock || !c.SinceExact || !c.StagesKnown || c.Side != events.Outbound {
+	// Without the stamp of its entry a minisock is known since it was closed.
+	stamped := hasEntryStamp(t)
+	c := found(minisock)
+	if c.Stage != events.Minisock || c.SinceExact != stamped || c.Side != events.Outbound {
 		t.Errorf("the minisock was found as %+v", c)
 	}
-	if c := found(later); c.Stage != events.Minisock || !c.SinceExact || c.StagesKnown ||
+	// Its timer, in jiffies, has to agree with its stamp.
+	if c.StagesKnown != stamped && minisock.closed.lag < exact {
+		t.Errorf("the minisock was found as %+v", c)
+	}
+	if !stamped {
+		later.shut = later.closed
+	}
+	if c := found(later); c.Stage != events.Minisock || c.SinceExact != stamped || c.StagesKnown ||
 		c.Limit.Source() != "net.ipv4.tcp_fin_timeout 60s" || c.Limit.Duration != time.Minute {
 		t.Errorf("the minisock that had been held was found as %+v", c)
 	}
 
-	for _, p := range []*pair{held, orphan, minisock, later} {
-		end := at(func() { p.closeFD(&p.peer) })
+	pairs := []*pair{held, orphan, minisock, later}
+	ends := map[*pair]moment{}
+	for _, p := range pairs {
+		ends[p] = at(func() { p.closeFD(&p.peer) })
+	}
+	for _, p := range pairs {
+		end := ends[p]
 		c := r.await(t, ns.Inode, p.flow, track.Closed, soon).Conn
 		if c.End != events.PeerFIN || !c.EndExact {
 			t.Errorf("the one found %s ended by %s (exact %v), want peer_fin, exactly", c.Stage, c.End, c.EndExact)
 		}
-		p.near("in FIN_WAIT2", c.Duration, end.since(p.entry()), 0)
+		p.near("in FIN_WAIT2", c.Duration, end.since(p.entry()), p.entry().lag)
 	}
+}
+
+// hasEntryStamp says whether this kernel dates its minisocks.
+func hasEntryStamp(t *testing.T) bool {
+	t.Helper()
+	types, err := btf.LoadKernelSpec()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var minisock *btf.Struct
+	if err := types.TypeByName("inet_timewait_sock", &minisock); err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(minisock.Members, func(m btf.Member) bool { return m.Name == "tw_entry_stamp" })
 }
 
 // entry is when the subject sent its FIN.
@@ -89,16 +119,31 @@ func TestListAgreesWithSS(t *testing.T) {
 	finTimeout(t, spaces[0], 1)
 	finTimeout(t, spaces[1], 61)
 	stop := make(chan struct{})
-	var movers sync.WaitGroup
+	var moving sync.WaitGroup
 	defer func() {
 		close(stop)
-		movers.Wait()
+		moving.Wait()
 	}()
-	// Each step takes longer than a comparison may.
-	const step = 500 * time.Millisecond
-	for i := range 12 {
+	compare := func() (before, after []string, conns []track.Conn) {
+		before = ssFinWait2(t, spaces)
+		filter := &track.Filter{Match: limits.Match{Netns: []uint32{spaces[0].Inode, spaces[1].Inode}}}
+		conns, _, err := listConnections(t.Context(), env{stderr: t.Output()}, limits.Rules{}, &haproxies{}, filter)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return before, ssFinWait2(t, spaces), conns
+	}
+	began := time.Now()
+	compare()
+	// Each step takes longer than a comparison may, also where that takes seconds.
+	step := max(500*time.Millisecond, 3*time.Since(began))
+	enough, movers := 40, 12
+	if testing.Short() {
+		enough, movers = 5, 3
+	}
+	for i := range movers {
 		ns, f := spaces[i%2], []family{ipv4, ipv6, v4mapped}[i%3]
-		movers.Go(func() {
+		moving.Go(func() {
 			for round := i; ; round++ {
 				select {
 				case <-stop:
@@ -123,18 +168,12 @@ func TestListAgreesWithSS(t *testing.T) {
 		})
 	}
 	compared := 0
-	for deadline := time.Now().Add(30 * time.Second); compared < 40; {
+	for deadline := time.Now().Add(min(60*step, 2*time.Minute)); compared < enough; {
 		if time.Now().After(deadline) {
 			t.Fatalf("only %d comparisons could be made", compared)
 		}
 		began := time.Now()
-		before := ssFinWait2(t, spaces)
-		filter := &track.Filter{Match: limits.Match{Netns: []uint32{spaces[0].Inode, spaces[1].Inode}}}
-		conns, _, err := listConnections(t.Context(), env{stderr: t.Output()}, limits.Rules{}, &haproxies{}, filter)
-		if err != nil {
-			t.Fatal(err)
-		}
-		after := ssFinWait2(t, spaces)
+		before, after, conns := compare()
 		if time.Since(began) >= step || !slices.Equal(before, after) {
 			continue // Something moved meanwhile: no witness.
 		}
@@ -334,9 +373,10 @@ func churned(t *testing.T, duration time.Duration, opts probe.Options) {
 	// The kernel skips events that come while the program runs on that CPU, a
 	// batch of them where a softirq did, and its own count of them is not always
 	// the whole: up to 0.02 % of the connections were missing when this was
-	// written. Those not sent are counted for the whole host.
+	// written. On an emulated machine, where a program is long at it, it skips
+	// some percent. Those not sent are counted for the whole host.
 	seen, made := r.opened[ns.Inode]+instants, uint64(load.made)
-	if seen+made/1000 < made {
+	if seen+kernel.Missed+made/1000 < made {
 		t.Errorf("%d connections were made and closed, %d seen, %d skipped", made, seen, kernel.Missed)
 	}
 	if opts.Instants && (instants != 0 || seen > made) {

@@ -179,13 +179,31 @@ type pair struct {
 
 // A moment is when a system call was made, as well as the test can know: it may
 // have had to wait for a processor.
-type moment struct{ before, after events.Time }
+type moment struct {
+	before, after events.Time
+	// lag is by how much the kernel's jiffies were behind its clock, which on an
+	// emulated machine they are when the tick is late.
+	lag time.Duration
+}
 
 func at(call func()) moment {
-	before := probe.Now()
+	before, lag := probe.Now(), tickLag()
 	call()
-	return moment{before, probe.Now()}
+	lag = max(lag, tickLag())
+	return moment{before, probe.Now(), lag}
 }
+
+// tickLag is how long ago the last tick was.
+func tickLag() time.Duration {
+	var coarse, now unix.Timespec
+	// Neither can fail: the clocks are always there.
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &coarse)
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
+	return time.Duration(now.Nano() - coarse.Nano())
+}
+
+// instant is a moment that is known exactly.
+func instant(t events.Time) moment { return moment{before: t, after: t} }
 
 // A span is a duration between two bounds.
 type span struct{ least, most time.Duration }
@@ -501,12 +519,16 @@ func TestKernel(t *testing.T) {
 			t.Fatal("the child did not shut down the socket")
 		}
 		pause(300 * time.Millisecond)
-		killed := at(func() { p.must(child.Process.Kill()) })
+		// It is dead, and the socket closed, once it has been waited for.
+		killed := at(func() {
+			p.must(child.Process.Kill())
+			err = child.Wait()
+		})
 		var exit *exec.ExitError
-		if err := child.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL {
+		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != unix.SIGKILL {
 			t.Fatalf("the child ended before it was killed: %v", err)
 		}
-		p.check(r, events.Inbound, soon+10*time.Second, want{end: events.KernelTimeout, held: killed.since(moment{opened.Conn.Since, opened.Conn.Since}),
+		p.check(r, events.Inbound, soon+10*time.Second, want{end: events.KernelTimeout, held: killed.since(instant(opened.Conn.Since)),
 			minisock: about(5 * time.Second), limit: 5 * time.Second, source: "net.ipv4.tcp_fin_timeout 5s",
 			closedBy: events.ByClose, pid: child.Process.Pid})
 	})

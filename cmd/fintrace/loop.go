@@ -151,7 +151,7 @@ func (w *watch) advance(now events.Time) {
 		}
 		state, found, err := w.lookup.Find(netns, f)
 		// Where it may not be looked at, the events' word must do.
-		return err != nil || state == events.FinWait2 && found == cookie
+		return err != nil || state == events.FinWait2 && (found == cookie || !events.IsCookie(cookie))
 	}))
 }
 

@@ -186,6 +186,16 @@ type Flow struct {
 	Device        uint32 // index of the interface; 0 none
 }
 
+// madeUp is set in what stands for a cookie; real ones count from 1.
+const madeUp = 1 << 63
+
+// MadeUp is an identity for a socket whose cookie the kernel does not show, from
+// a hash of what else tells it apart.
+func MadeUp(hash uint64) (cookie uint64) { return hash | madeUp }
+
+// IsCookie says whether an identity is the socket's cookie, and not made up.
+func IsCookie(cookie uint64) bool { return cookie&madeUp == 0 }
+
 // Process is who holds or closed a socket.
 type Process struct {
 	Cgroup uint64   // cgroup2 id, 0 if unknown
@@ -212,7 +222,7 @@ type Timers struct {
 // Event is one state change, as inet_sock_set_state reported it.
 type Event struct {
 	Time     Time
-	Cookie   uint64
+	Cookie   uint64 // or what is made up for it
 	Netns    uint32 // inode of the network namespace
 	Flow     Flow
 	Old, New State

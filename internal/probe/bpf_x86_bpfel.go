@@ -28,7 +28,8 @@ type bpfConfig struct {
 	Hz             uint32
 	AllStates      uint8
 	ReportInstants uint8
-	Padding        [2]uint8
+	Before512      uint8
+	Padding        uint8
 }
 
 type bpfCounters struct {

@@ -4,6 +4,7 @@ package probe
 
 import (
 	"fmt"
+	"hash/maphash"
 	"math"
 	"time"
 	"unsafe"
@@ -65,6 +66,9 @@ func (c clock) decodeEvent(record []byte, ev *events.Event) error {
 		Done:     raw.Done != 0,
 		Accepted: raw.Accepted != 0,
 	}
+	if ev.Cookie == 0 {
+		ev.Cookie = identity(ev.Netns, ev.Flow)
+	}
 	return nil
 }
 
@@ -88,6 +92,9 @@ func (c clock) decodeRow(row []byte, s *events.Socket) error {
 		Timer:    c.jiffies(int64(raw.Timer)),
 		HasTimer: raw.HasTimer != 0,
 	}
+	if s.Cookie == 0 {
+		s.Cookie = identity(s.Netns, s.Flow)
+	}
 	switch {
 	case raw.Minisock != 0:
 		s.Stage = events.Minisock
@@ -101,6 +108,18 @@ func (c clock) decodeRow(row []byte, s *events.Socket) error {
 	}
 	return nil
 }
+
+// identity stands for the cookie where tracing programs may not ask for it
+// (before Linux 5.12): a namespace has one connection of a flow at a time, and
+// its minisock has the same. Peers choose ports: the seed is nothing they know.
+func identity(netns uint32, f events.Flow) uint64 {
+	return events.MadeUp(maphash.Comparable(identitySeed, struct {
+		netns uint32
+		flow  events.Flow
+	}{netns, f}))
+}
+
+var identitySeed = maphash.MakeSeed()
 
 func (c clock) timers(finTimeout uint32, linger2 int32, rto uint32) events.Timers {
 	return events.Timers{

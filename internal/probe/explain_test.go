@@ -16,9 +16,9 @@ func TestExplain(t *testing.T) {
 		good     = host{root: true, btf: true, release: "6.1.0-18-amd64"}
 		user     = host{btf: true, release: "6.1.0-18-amd64"}
 		noTypes  = host{root: true, release: "6.1.0-18-amd64"}
-		old      = host{root: true, btf: true, release: "5.11.22"}
+		old      = host{root: true, btf: true, release: "5.9.16"}
 		ancient  = host{root: true, release: "4.19.0-27-amd64"}
-		barely   = host{root: true, btf: true, release: "5.12.0-rc8"}
+		barely   = host{root: true, btf: true, release: "5.10.0-rc7"}
 		nameless = host{root: true, btf: true, release: "of unknown release"}
 
 		denied      = fmt.Errorf("load the BPF programs: map create: %w (MEMLOCK may be too low)", unix.EPERM)
@@ -40,10 +40,10 @@ func TestExplain(t *testing.T) {
 		{"not root", user, denied, asRoot},
 		{"root without the capability", good, denied, boxed},
 		{"no BTF", noTypes, unsupported, needsBTF},
-		{"too old", old, unsupported, "this kernel (5.11.22) is too old: fintrace needs Linux 5.12 or later"},
-		{"too old, in the verifier's words", old, rejected, "this kernel (5.11.22) is too old: fintrace needs Linux 5.12 or later"},
-		{"too old and no BTF", ancient, unsupported, "this kernel (4.19.0-27-amd64) is too old: fintrace needs Linux 5.12 or later"},
-		{"new enough, yet something is missing", barely, unsupported, "this kernel (5.12.0-rc8) lacks something that fintrace needs: " + unsupported.Error()},
+		{"too old", old, unsupported, "this kernel (5.9.16) is too old: fintrace needs Linux 5.10 or later"},
+		{"too old, in the verifier's words", old, rejected, "this kernel (5.9.16) is too old: fintrace needs Linux 5.10 or later"},
+		{"too old and no BTF", ancient, unsupported, "this kernel (4.19.0-27-amd64) is too old: fintrace needs Linux 5.10 or later"},
+		{"new enough, yet something is missing", barely, unsupported, "this kernel (5.10.0-rc7) lacks something that fintrace needs: " + unsupported.Error()},
 		{"a release that is no number", nameless, unsupported, "this kernel (of unknown release) lacks something that fintrace needs: " + unsupported.Error()},
 		{"the verifier's EACCES is not about permission", user, rejected, rejected.Error()},
 		{"nothing to be done", good, full, full.Error()},

@@ -116,6 +116,50 @@ func TestDecodeRow(t *testing.T) {
 	}
 }
 
+// TestIdentity is about kernels that give tracing programs no cookie: the event
+// and the minisock of a connection have to meet, and no others.
+func TestIdentity(t *testing.T) {
+	raw := rawEvent()
+	raw.Cookie = 0
+	var ev events.Event
+	if err := hz250.decodeEvent(aligned(bytesOf(raw)), &ev); err != nil {
+		t.Fatal(err)
+	}
+	if events.IsCookie(ev.Cookie) {
+		t.Errorf("%x looks like a cookie", ev.Cookie)
+	}
+	of := func(change func(*bpfRow)) uint64 {
+		t.Helper()
+		row := rawRow()
+		row.Cookie, row.Netns, row.Device = 0, raw.Netns, raw.Device
+		row.Local, row.LocalPort, row.Remote, row.RemotePort = raw.Local, raw.LocalPort, raw.Remote, raw.RemotePort
+		change(&row)
+		var s events.Socket
+		if err := hz250.decodeRow(aligned(bytesOf(row)), &s); err != nil {
+			t.Fatal(err)
+		}
+		return s.Cookie
+	}
+	if got := of(func(*bpfRow) {}); got != ev.Cookie {
+		t.Errorf("the minisock is %x, its event %x", got, ev.Cookie)
+	}
+	for name, change := range map[string]func(*bpfRow){
+		"namespace":   func(r *bpfRow) { r.Netns++ },
+		"device":      func(r *bpfRow) { r.Device++ },
+		"local":       func(r *bpfRow) { r.Local[15]++ },
+		"local port":  func(r *bpfRow) { r.LocalPort++ },
+		"remote":      func(r *bpfRow) { r.Remote[15]++ },
+		"remote port": func(r *bpfRow) { r.RemotePort++ },
+	} {
+		if got := of(change); got == ev.Cookie {
+			t.Errorf("with another %s it has the same identity", name)
+		}
+	}
+	if got := of(func(r *bpfRow) { r.Cookie = 7 }); got != 7 {
+		t.Errorf("its cookie 7 became %x", got)
+	}
+}
+
 func FuzzDecodeEvent(f *testing.F) {
 	whole := bytesOf(rawEvent())
 	f.Add(whole, int64(250))

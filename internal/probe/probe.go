@@ -75,11 +75,17 @@ func Open(opts Options) (_ *Probe, err error) {
 		AllStates:      flag(opts.AllStates),
 		ReportInstants: flag(opts.Instants || opts.AllStates),
 	}
-	if err := spec.Variables[bpfVarConfig].Set(config); err != nil {
-		return nil, fmt.Errorf("configure the BPF programs: %w", err)
+	if thisHost().before(chargesMemory) {
+		// Where this is refused, so is the loading, which says why.
+		_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	}
-	if err := spec.LoadAndAssign(&p.objects, nil); err != nil {
-		return nil, fmt.Errorf("load the BPF programs: %w", err)
+	err = p.load(spec, config)
+	if there, e := tracingHasCookie(); err != nil && e == nil && !there {
+		config.Before512 = 1
+		err = p.load(spec, config)
+	}
+	if err != nil {
+		return nil, err
 	}
 	p.walker, err = link.AttachIter(link.IterOptions{Program: p.objects.Snapshot})
 	if err != nil {
@@ -94,6 +100,16 @@ func prepare() (clock, error) {
 		return clock{}, fmt.Errorf("/proc has to be mounted, for the network namespaces and processes in it: %w", err)
 	}
 	return newClock()
+}
+
+func (p *Probe) load(spec *ebpf.CollectionSpec, config bpfConfig) error {
+	if err := spec.Variables[bpfVarConfig].Set(config); err != nil {
+		return fmt.Errorf("configure the BPF programs: %w", err)
+	}
+	if err := spec.LoadAndAssign(&p.objects, nil); err != nil {
+		return fmt.Errorf("load the BPF programs: %w", err)
+	}
+	return nil
 }
 
 // Attach starts the records: from here on Drain finds them. A bare Probe has none.
@@ -251,16 +267,22 @@ func (h host) explain(err error) error {
 	return err
 }
 
-// oldest is the first release that gives tracing programs the socket cookie.
-var oldest = [2]int{5, 12}
+// oldest is the first release that fintrace is tested on.
+var oldest = [2]int{5, 10}
 
-// tooOld is false for a release that does not look like one.
-func (h host) tooOld() bool {
+// chargesMemory is the first release that charges BPF maps to the memory cgroup,
+// and not to RLIMIT_MEMLOCK.
+var chargesMemory = [2]int{5, 11}
+
+func (h host) tooOld() bool { return h.before(oldest) }
+
+// before is false for a release that does not look like one.
+func (h host) before(release [2]int) bool {
 	var major, minor int
 	if n, _ := fmt.Sscanf(h.release, "%d.%d", &major, &minor); n != 2 {
 		return false
 	}
-	return major < oldest[0] || major == oldest[0] && minor < oldest[1]
+	return major < release[0] || major == release[0] && minor < release[1]
 }
 
 func flag(b bool) uint8 {

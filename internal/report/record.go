@@ -5,7 +5,7 @@
 package report
 
 import (
-	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/fintrace/fintrace/internal/events"
@@ -25,7 +25,7 @@ type Names struct {
 type Record struct {
 	Time        time.Time `json:"time"`
 	Kind        string    `json:"kind,omitempty"`
-	Cookie      string    `json:"cookie"`
+	Cookie      string    `json:"cookie,omitempty"`
 	Netns       uint32    `json:"netns"`
 	NetnsName   string    `json:"netns_name,omitempty"`
 	Local       string    `json:"local"`
@@ -87,7 +87,7 @@ func NewRecord(kind string, at events.Time, c *track.Conn, names *Names) Record 
 	r := Record{
 		Time:        names.Wall(at),
 		Kind:        kind,
-		Cookie:      fmt.Sprintf("%x", c.Cookie),
+		Cookie:      cookieText(c.Cookie),
 		Netns:       c.Netns,
 		NetnsName:   names.Netns(c.Netns),
 		Local:       c.Flow.Local.String(),
@@ -117,11 +117,19 @@ func NewRecord(kind string, at events.Time, c *track.Conn, names *Names) Record 
 	return r
 }
 
+// cookieText is "" where the kernel does not show the cookie.
+func cookieText(cookie uint64) string {
+	if !events.IsCookie(cookie) {
+		return ""
+	}
+	return strconv.FormatUint(cookie, 16)
+}
+
 // Transition is one state change of one socket as JSON, for --all-states.
 type Transition struct {
 	Time     time.Time `json:"time"`
 	Kind     string    `json:"kind"` // "transition"
-	Cookie   string    `json:"cookie"`
+	Cookie   string    `json:"cookie,omitempty"`
 	Netns    uint32    `json:"netns"`
 	Local    string    `json:"local"`
 	Remote   string    `json:"remote"`
@@ -139,7 +147,7 @@ func NewTransition(at events.Time, cookie uint64, netns uint32, flow events.Flow
 	t := Transition{
 		Time:     names.Wall(at),
 		Kind:     "transition",
-		Cookie:   fmt.Sprintf("%x", cookie),
+		Cookie:   cookieText(cookie),
 		Netns:    netns,
 		Local:    flow.Local.String(),
 		Remote:   flow.Remote.String(),

@@ -202,6 +202,7 @@ func (t *Tracker) Advance(now events.Time, look func(netns uint32, f events.Flow
 // that returns some.
 func (t *Tracker) Apply(ev *events.Event) []Notice {
 	t.notices = t.notices[:0]
+	t.succeed(ev)
 	switch {
 	case ev.Old == events.FinWait1 && ev.New == events.FinWait2:
 		t.enter(ev)
@@ -211,6 +212,26 @@ func (t *Tracker) Apply(ev *events.Event) []Notice {
 		t.leave(ev)
 	}
 	return t.notices
+}
+
+// succeed ends the connection whose identity a new one has: where the kernel
+// gives no cookies, that is the flow. An entry that was seen to be there before
+// is its own, and minisocks have no events.
+func (t *Tracker) succeed(ev *events.Event) {
+	i, ok := t.table[ev.Cookie]
+	if !ok || ev.Old != events.FinWait1 && ev.Old != events.FinWait2 {
+		return
+	}
+	c := t.slab.at(i)
+	switch {
+	case ev.Old == events.FinWait1 && ev.Time <= c.alive:
+	case ev.Old == events.FinWait2 && (c.stage != events.Minisock || ev.Time.Sub(c.mini) <= handoverTime):
+	case c.stage == events.Minisock && c.deadline <= ev.Time:
+		t.end(i, max(c.deadline, c.alive), events.KernelTimeout, c.alive <= c.deadline)
+	default:
+		t.counters.Corrected++
+		t.end(i, c.alive, events.Unseen, false)
+	}
 }
 
 // enter is FIN_WAIT1 → FIN_WAIT2: the peer has acknowledged our FIN.
