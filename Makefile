@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 DURATION ?= 5m
 
-.PHONY: help build run demo list generate haproxies test fuzz lab bench soak clean
+.PHONY: help build run demo list generate haproxies test test-kernels fuzz lab bench soak clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
