@@ -95,8 +95,9 @@ func (r *receiver) await(t *testing.T, n int, ns *kerneltest.Namespace, events .
 }
 
 // windUp is for all of an end that has its own bound nowhere, on a busy machine:
-// the last look at the sockets, and the detaching of the programs.
-const windUp = 4 * time.Second
+// the last look at the sockets, and the detaching of the programs. What is told
+// apart from it would last for ever.
+const windUp = 10 * time.Second
 
 // TestDaemonLog has the log fail in every way: alerts reach others, and the
 // daemon answers and ends.
@@ -1116,10 +1117,11 @@ func TestDaemonStopped(t *testing.T) {
 		t.Error(err)
 	}
 	t.Logf("in health %s after the stop", time.Since(goes))
-	if resolved := d.await("the resolution", port(ends, alert.Resolved)); resolved.Read.Sub(goes) > time.Second+track.Grace+late {
+	const repaired = doubtfulAtMost + time.Second + late
+	if resolved := d.await("the resolution", port(ends, alert.Resolved)); resolved.Read.Sub(goes) > repaired {
 		t.Errorf("what has ended is said %s after the stop", resolved.Read.Sub(goes))
 	}
-	if fired := d.await("an alert", port(comes, alert.Fired)); fired.Read.Sub(goes) > time.Second+track.Grace+late {
+	if fired := d.await("an alert", port(comes, alert.Fired)); fired.Read.Sub(goes) > repaired {
 		t.Errorf("what has come is said %s after the stop", fired.Read.Sub(goes))
 	}
 	if records := d.connections(fmt.Sprintf("port=%d&netns=%s", comes, inode(ns))); len(records) != 1 {
@@ -1127,6 +1129,8 @@ func TestDaemonStopped(t *testing.T) {
 	} else if r := records[0]; r.Since.Before(wall(entered.before).Add(-tick)) || r.Since.After(wall(entered.after).Add(tick)) {
 		t.Errorf("what has come is there since %v (exact: %t), want %v to %v", r.Since, r.SinceExact, wall(entered.before), wall(entered.after))
 	}
+	made := stop()
+	took := time.Since(began)
 	// It keeps up again.
 	holdOn(t, ns, later, 1)
 	due := time.Now().Add(time.Second + track.Grace)
@@ -1136,12 +1140,11 @@ func TestDaemonStopped(t *testing.T) {
 	if n := len(d.logged(port(stays))); n != 1 {
 		t.Errorf("%d lines are about the alert that went on", n)
 	}
-	made := stop()
 	lost, is := d.metric("fintrace_records_lost_total")
 	missed, _ := d.metric("fintrace_events_missed_total")
 	corrected, _ := d.metric("fintrace_snapshot_corrections_total")
 	t.Logf("%d connections, %.0f a second: %v records lost, %v events missed, %v corrections",
-		made, float64(made)/time.Since(began).Seconds(), lost, missed, corrected)
+		made, float64(made)/took.Seconds(), lost, missed, corrected)
 	// Half of them in the stop, each with two records of some hundred bytes.
 	if overrun := made > 200_000; overrun && lost == 0 || !is {
 		t.Errorf("%v records are lost (%t)", lost, is)
