@@ -435,3 +435,41 @@ func TestLosses(t *testing.T) {
 		t.Errorf("%s → %s is %s in the table, and gone in truth", flow.Local, flow.Remote, stage)
 	}
 }
+
+// TestAside: while the sockets are walked the loop answers and takes its turns,
+// and what the walk finds is for the loop's goroutine alone.
+func TestAside(t *testing.T) {
+	kerneltest.Require(t)
+	p, err := probe.Open(probe.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	asked, turns := make(chan func()), make(chan struct{})
+	w := &watch{
+		probe: p, tracker: track.New(limits.Rules{}, 1), asked: asked, running: true,
+		turn: func(now events.Time) events.Time {
+			select {
+			case turns <- struct{}{}:
+			default:
+			}
+			return now
+		},
+	}
+	n := 0 // of the loop's goroutine
+	failed := errors.New("of the step")
+	if err := w.aside(func(inLoop func(func() error)) {
+		inLoop(func() error { n++; return nil })
+		answered := make(chan struct{})
+		asked <- func() { n++; close(answered) }
+		<-answered
+		<-turns
+		<-turns
+		inLoop(func() error { n++; return failed })
+	}); !errors.Is(err, failed) {
+		t.Errorf("the error is %v", err)
+	}
+	if n != 3 {
+		t.Errorf("%d of 3 things were done", n)
+	}
+}

@@ -183,8 +183,12 @@ alerts: {min_connections: %[2]d, peers_per_group: %[3]d, resolve_after: 1s, upda
 	t.Logf("from the limit to the line: %s; to the time in it: %s", quantiles(late.read), quantiles(late.logged))
 	if len(late.read) == 0 {
 		t.Error("no alert of the marked connections was waited for")
-	} else if worst := slices.Max(late.read); strict && worst > time.Second {
-		t.Errorf("a line came %s after the limit had passed", worst)
+	}
+	if strict {
+		s.judgeLate(late.read)
+	}
+	for _, l := range s.logged(func(l *logLine) bool { return strings.Contains(l.What, "network namespace "+inode(ns)) }) {
+		t.Errorf("not looked at: %s", l.What)
 	}
 	peers := map[string]bool{}
 	for _, l := range s.logged(spoken(fmt.Sprint(ns.Inode), alert.Fired)) {
@@ -364,6 +368,23 @@ const (
 	soakBase          = (45 + 2*32) * 1e6
 	soakPerConnection = 4 * 250
 )
+
+// judgeLate is about how late alerts were. What the kernel skips an event of, one
+// in ten thousand, is only found by the next snapshot.
+func (s *soak) judgeLate(late []time.Duration) {
+	slow := 0
+	for _, l := range late {
+		switch {
+		case l > doubtfulAtMost+5*time.Second:
+			s.t.Errorf("a line came %s after the limit had passed", l)
+		case l > time.Second:
+			slow++
+		}
+	}
+	if slow*50 > len(late) {
+		s.t.Errorf("%d of %d lines came more than a second after the limit had passed", slow, len(late))
+	}
+}
 
 // idle measures what the daemon costs while nothing happens.
 func (s *soak) idle(during time.Duration) {
