@@ -4,11 +4,9 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -36,12 +34,12 @@ type haproxies struct {
 	netns   []uint32 // that are of interest; empty: all
 	found   haproxy.Found
 	view    *haproxy.View
-	missing bool               // a process of HAProxy has been seen that is not in the view
-	changed bool               // by the last look
-	others  map[int]bool       // that were looked up already
-	running chan haproxy.Found // of a look that goes on; nil if none does
-	began   events.Time        // the last look
-	stamp   string             // of the configuration files, by the last check
+	missing bool                 // a process of HAProxy has been seen that is not in the view
+	changed bool                 // by the last look
+	others  map[int]bool         // that were looked up already
+	running chan haproxy.Found   // of a look that goes on; nil if none does
+	began   events.Time          // the last look
+	stamps  map[string]fileStamp // of the configuration files, by the last check
 }
 
 // use looks elsewhere from now on.
@@ -68,7 +66,7 @@ func (h *haproxies) take(found haproxy.Found) bool {
 	h.found, h.options.Previous = found, found.Processes
 	if h.changed {
 		h.view = haproxy.NewView(found.Processes)
-		h.stamp = h.stampFiles()
+		h.rewritten()
 	}
 	return h.changed
 }
@@ -97,8 +95,8 @@ const hurry = 100 * time.Millisecond
 // check asks masters for their children, which is cheap: a reload makes new ones;
 // and looks whether a configuration file has been written.
 func (h *haproxies) check() {
-	if stamp := h.stampFiles(); stamp != h.stamp {
-		h.missing, h.stamp = true, stamp
+	if h.rewritten() {
+		h.missing = true
 	}
 	for i := range h.found.Processes {
 		master := h.found.Processes[i].Master
@@ -111,16 +109,26 @@ func (h *haproxies) check() {
 	}
 }
 
-// stampFiles changes when a configuration file does.
-func (h *haproxies) stampFiles() string {
-	var stamp strings.Builder
+// fileStamp changes when a file is written or replaced; it is 0 for none.
+type fileStamp struct {
+	inode uint64
+	size  int64
+	mtime unix.Timespec
+}
+
+// rewritten says whether a configuration file has changed since it was asked
+// last. The files of a process that has ended say nothing.
+func (h *haproxies) rewritten() (changed bool) {
+	now := map[string]fileStamp{}
 	add := func(path string) {
 		var st unix.Stat_t
-		if err := unix.Stat(path, &st); err != nil {
-			fmt.Fprintf(&stamp, "%s %v\n", path, err)
-			return
+		var stamp fileStamp
+		if unix.Stat(path, &st) == nil {
+			stamp = fileStamp{st.Ino, st.Size, st.Mtim}
 		}
-		fmt.Fprintf(&stamp, "%s %d %d %d %d\n", path, st.Ino, st.Size, st.Mtim.Sec, st.Mtim.Nsec)
+		before, known := h.stamps[path]
+		changed = changed || known && stamp != before
+		now[path] = stamp
 	}
 	for _, path := range h.options.Paths {
 		add(path)
@@ -131,16 +139,21 @@ func (h *haproxies) stampFiles() string {
 		if len(h.options.Paths) > 0 || p.Config == nil || seen[p.Config] {
 			continue
 		}
+		dir := filepath.Join("/proc", strconv.Itoa(p.PID))
+		if unix.Access(dir+"/root/.", unix.F_OK) != nil {
+			continue
+		}
 		seen[p.Config] = true
 		for _, file := range p.Config.Files {
 			from := "root"
 			if !filepath.IsAbs(file) {
 				from = "cwd"
 			}
-			add(filepath.Join("/proc", strconv.Itoa(p.PID), from, file))
+			add(filepath.Join(dir, from, file))
 		}
 	}
-	return stamp.String()
+	h.stamps = now
+	return changed
 }
 
 // noticed is for a process that holds or closes connections: one of HAProxy
