@@ -448,6 +448,7 @@ func TestAside(t *testing.T) {
 	asked, turns := make(chan func()), make(chan struct{})
 	w := &watch{
 		probe: p, tracker: track.New(limits.Rules{}, 1), asked: asked, running: true,
+		haproxies: &haproxies{},
 		turn: func(now events.Time) events.Time {
 			select {
 			case turns <- struct{}{}:
@@ -458,7 +459,7 @@ func TestAside(t *testing.T) {
 	}
 	n := 0 // of the loop's goroutine
 	failed := errors.New("of the step")
-	if err := w.aside(func(inLoop func(func() error)) {
+	if err := w.aside(t.Context(), func(inLoop func(func() error)) {
 		inLoop(func() error { n++; return nil })
 		answered := make(chan struct{})
 		asked <- func() { n++; close(answered) }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/probe"
 	"github.com/fintrace/fintrace/internal/track"
@@ -77,7 +78,7 @@ func (w *watch) seed(ctx context.Context) error {
 	w.rules.HAProxy = w.haproxies.view
 	w.warnOf(w.haproxies.warnings())
 	w.tracker.SetRules(w.rules, probe.Now())
-	return w.reconcile()
+	return w.reconcile(ctx)
 }
 
 // run goes on until ctx ends.
@@ -92,7 +93,7 @@ func (w *watch) run(ctx context.Context) error {
 		timer.Reset(max(min(w.nextWake(drainAt), again).Sub(now), 0))
 		select {
 		case <-ctx.Done():
-			return w.finish()
+			return w.finish(ctx)
 		case do := <-w.asked:
 			do()
 			continue
@@ -102,11 +103,7 @@ func (w *watch) run(ctx context.Context) error {
 			}
 			continue
 		case found := <-w.haproxies.running:
-			if w.haproxies.take(found) {
-				w.rules.HAProxy = w.haproxies.view
-				w.each(w.tracker.SetRules(w.rules, probe.Now()))
-			}
-			w.warnOf(w.haproxies.warnings())
+			w.found(found)
 			continue
 		case <-timer.C:
 		}
@@ -121,7 +118,7 @@ func (w *watch) run(ctx context.Context) error {
 			}
 		}
 		if now >= w.nextSnapshot() {
-			if err := w.reconcile(); err != nil {
+			if err := w.reconcile(ctx); err != nil {
 				return err
 			}
 			now = probe.Now()
@@ -133,6 +130,15 @@ func (w *watch) run(ctx context.Context) error {
 			again = w.turn(probe.Now())
 		}
 	}
+}
+
+// found takes what a look for HAProxy has found.
+func (w *watch) found(found haproxy.Found) {
+	if w.haproxies.take(found) {
+		w.rules.HAProxy = w.haproxies.view
+		w.each(w.tracker.SetRules(w.rules, probe.Now()))
+	}
+	w.warnOf(w.haproxies.warnings())
 }
 
 func (w *watch) warnOf(lines []string) {
@@ -156,7 +162,7 @@ func (w *watch) advance(now events.Time) {
 }
 
 // finish reads what is left and looks at the sockets once more.
-func (w *watch) finish() error {
+func (w *watch) finish(ctx context.Context) error {
 	w.running = false
 	if err := w.drain(); err != nil {
 		return err
@@ -164,7 +170,7 @@ func (w *watch) finish() error {
 	if err := w.check(probe.Now()); err != nil {
 		return err
 	}
-	return w.reconcile()
+	return w.reconcile(ctx)
 }
 
 func (w *watch) nextWake(drainAt events.Time) events.Time {
@@ -222,7 +228,7 @@ func (w *watch) drain() error {
 // reconcile looks at all sockets. The held ones that nobody is known to hold are
 // told to the tracker last, with their processes, so that each connection is
 // complete when it is first spoken of.
-func (w *watch) reconcile() error {
+func (w *watch) reconcile(ctx context.Context) error {
 	// Read before: what is lost from now on may be lost on this snapshot too.
 	if err := w.check(probe.Now()); err != nil {
 		return err
@@ -236,7 +242,7 @@ func (w *watch) reconcile() error {
 		err     error
 	)
 	w.tracker.BeginSnapshot(began)
-	drained := w.aside(func(inLoop func(func() error)) {
+	drained := w.aside(ctx, func(inLoop func(func() error)) {
 		cov, err = w.probe.Snapshot(since, func(sockets []events.Socket) {
 			inLoop(func() error {
 				drained := w.drain()
@@ -282,7 +288,7 @@ func (w *watch) reconcile() error {
 // seconds where the processors are busy. The loop goes on meanwhile, with all but
 // what a snapshot is for. What work gives to its argument is done by the loop's
 // goroutine before that returns; the first of the errors of all this is returned.
-func (w *watch) aside(work func(inLoop func(func() error))) (err error) {
+func (w *watch) aside(ctx context.Context, work func(inLoop func(func() error))) (err error) {
 	steps, ended := make(chan func()), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -294,11 +300,11 @@ func (w *watch) aside(work func(inLoop func(func() error))) (err error) {
 	}()
 	tick := time.NewTicker(batchDelay)
 	defer tick.Stop()
-	asked := w.asked
-	if !w.running {
-		asked = nil
-	}
 	for {
+		asked, running := w.asked, w.haproxies.running
+		if !w.running {
+			asked, running = nil, nil
+		}
 		select {
 		case <-ended:
 			return err
@@ -306,12 +312,19 @@ func (w *watch) aside(work func(inLoop func(func() error))) (err error) {
 			step()
 		case do := <-asked:
 			do()
+		case found := <-running:
+			w.found(found)
 		case <-tick.C:
 			err = cmp.Or(err, w.drain())
 			if !w.running {
 				continue
 			}
-			w.advance(probe.Now())
+			now := probe.Now()
+			if now >= w.checked.Add(checkEvery) {
+				err = cmp.Or(err, w.check(now))
+			}
+			w.advance(now)
+			w.haproxies.refresh(ctx, now)
 			if w.turn != nil {
 				w.turn(probe.Now())
 			}
