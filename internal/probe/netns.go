@@ -22,7 +22,7 @@ import (
 type namespaces struct {
 	own    uint32
 	paths  map[uint32][]string // files that enter it
-	hidden int                 // processes whose namespace takes CAP_SYS_PTRACE to see
+	hidden bool                // of some processes it takes CAP_SYS_PTRACE to see theirs
 }
 
 // pathsKept is how many processes of a namespace are remembered as ways in: one
@@ -52,7 +52,7 @@ func findNamespaces() (namespaces, error) {
 		target, err := os.Readlink(path)
 		switch {
 		case errors.Is(err, fs.ErrPermission):
-			found.hidden++
+			found.hidden = true
 			continue
 		case err != nil:
 			continue // The process is gone, or a zombie.
@@ -62,7 +62,7 @@ func findNamespaces() (namespaces, error) {
 		}
 	}
 	if mayTrace() {
-		found.hidden = 0 // A security module hides them, single ones and for good.
+		found.hidden = false // A security module hides them, single ones and for good.
 	}
 	const own = "/proc/thread-self/ns/net"
 	target, err := os.Readlink(own)

@@ -59,8 +59,8 @@ func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.
 	}
 	cov.End = Now()
 	slices.Sort(cov.Skipped)
-	if spaces.hidden > 0 {
-		cov.Skipped = append(cov.Skipped, fmt.Sprintf("the network namespaces of %d processes: no permission (CAP_SYS_PTRACE)", spaces.hidden))
+	if spaces.hidden {
+		cov.Skipped = append(cov.Skipped, "network namespaces of other processes: no permission (CAP_SYS_PTRACE)")
 	}
 	if len(cov.Netns) == 0 {
 		return cov, errors.New("no network namespace could be looked at: " + strings.Join(cov.Skipped, "; "))
