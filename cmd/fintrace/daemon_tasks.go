@@ -12,7 +12,6 @@ import (
 	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 
-	"github.com/fintrace/fintrace/internal/probe"
 	"github.com/fintrace/fintrace/internal/report"
 )
 
@@ -21,8 +20,6 @@ func (d *daemon) loop(ctx context.Context) error {
 	if err := d.watch.start(ctx); err != nil {
 		return err
 	}
-	d.watch.advance(probe.Now())
-	d.changed = true
 	d.log.Info("watching", "connections", d.watch.tracker.Len(), "namespaces", len(d.watch.covered),
 		"haproxies", len(d.watch.haproxies.found.Processes))
 	d.tell(systemd.SdNotifyReady)
