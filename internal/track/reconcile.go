@@ -260,6 +260,8 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 			continue
 		}
 		_, covered := cov.Netns[c.netns]
+		// No snapshot ever showed the minisock: there may never have been one.
+		never := c.alive == c.mini && full[c.netns] > 0
 		switch {
 		case !covered:
 			// Its namespace is gone, or closed to us. Full sockets end with a
@@ -270,11 +272,14 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 		case c.stage != events.Minisock:
 			t.counters.Corrected++
 			t.end(i, c.alive, events.Unseen, false)
+		case c.deadline <= cov.End.Add(jiffy) && never:
+			// Or it was there, and the counter rose for others.
+			t.end(i, c.alive, events.Unseen, false)
 		case c.deadline <= cov.End.Add(jiffy):
 			// Where it was seen past its deadline, the timer is late: by how much
 			// is not known.
 			t.end(i, max(c.deadline, c.alive), events.KernelTimeout, c.alive <= c.deadline)
-		case c.alive == c.mini && full[c.netns] > 0: // no snapshot ever showed the minisock
+		case never:
 			full[c.netns]--
 			t.end(i, c.mini, events.TableFull, true)
 		case reused(c.netns, c.flow):
