@@ -254,9 +254,13 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 			}
 		}
 	}
+	later := map[uint32]uint64{} // connections that the counter may have risen for and that the next snapshot judges
 	for _, i := range t.table {
 		c := t.slab.at(i)
 		if c.alive >= t.began {
+			if c.stage == events.Minisock && c.alive == c.mini {
+				later[c.netns]++
+			}
 			continue
 		}
 		_, covered := cov.Netns[c.netns]
@@ -293,7 +297,7 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 	// to another.
 	maps.DeleteFunc(t.listeners, func(_ listener, pass uint32) bool { return pass != t.pass })
 	for netns, counters := range cov.Netns {
-		t.overflow[netns] = counters.TimeWaitOverflow
+		t.overflow[netns] = counters.TimeWaitOverflow - min(full[netns], later[netns])
 	}
 	t.began = 0
 	clear(t.ended)
