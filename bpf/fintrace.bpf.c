@@ -121,8 +121,8 @@ struct {
 	__type(value, struct counters);
 } counts SEC(".maps");
 
-/* Of the TIME_WAIT minisocks the iterator shows only those younger than this. */
-__u32 time_wait_max_age; /* ms */
+/* Of the TIME_WAIT minisocks the iterator shows only those that are so since later than this. */
+__u64 time_wait_since; /* ns of the boot clock */
 
 /*
  * The socket's cookie, which it has from then on. The verifier knows the
@@ -380,8 +380,8 @@ int snapshot(struct bpf_iter__tcp *ctx)
 			return 0;
 		timer = (long)(BPF_CORE_READ(tw, tw_timer.expires) - bpf_jiffies64());
 		if (state == TCP_TIME_WAIT &&
-		    (TCP_TIMEWAIT_SECONDS * (__s32)config.hz - timer) * 1000LL >
-			    (__s64)time_wait_max_age * config.hz)
+		    (TCP_TIMEWAIT_SECONDS * (__s32)config.hz - timer) * 1000000000LL >
+			    (__s64)(bpf_ktime_get_boot_ns() - time_wait_since) * config.hz)
 			return 0;
 	}
 

@@ -94,13 +94,13 @@ type bpfRow struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	bpfMapClosers        = "closers"
-	bpfMapCounts         = "counts"
-	bpfMapRing           = "ring"
-	bpfProgOnSetState    = "on_set_state"
-	bpfProgSnapshot      = "snapshot"
-	bpfVarConfig         = "config"
-	bpfVarTimeWaitMaxAge = "time_wait_max_age"
+	bpfMapClosers       = "closers"
+	bpfMapCounts        = "counts"
+	bpfMapRing          = "ring"
+	bpfProgOnSetState   = "on_set_state"
+	bpfProgSnapshot     = "snapshot"
+	bpfVarConfig        = "config"
+	bpfVarTimeWaitSince = "time_wait_since"
 )
 
 // loadBpf returns the embedded CollectionSpec for bpf.
@@ -162,8 +162,8 @@ type bpfMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfVariableSpecs struct {
-	Config         *ebpf.VariableSpec `ebpf:"config"`
-	TimeWaitMaxAge *ebpf.VariableSpec `ebpf:"time_wait_max_age"`
+	Config        *ebpf.VariableSpec `ebpf:"config"`
+	TimeWaitSince *ebpf.VariableSpec `ebpf:"time_wait_since"`
 }
 
 // bpfObjects contains all objects after they have been loaded into the kernel.
@@ -203,8 +203,8 @@ func (m *bpfMaps) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfVariables struct {
-	Config         *ebpf.Variable `ebpf:"config"`
-	TimeWaitMaxAge *ebpf.Variable `ebpf:"time_wait_max_age"`
+	Config        *ebpf.Variable `ebpf:"config"`
+	TimeWaitSince *ebpf.Variable `ebpf:"time_wait_since"`
 }
 
 // bpfPrograms contains all programs after they have been loaded into the kernel.

@@ -31,8 +31,9 @@ const rowsPerRead = 512
 func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.Coverage, error) {
 	cov := events.Coverage{Begin: Now(), Netns: map[uint32]events.NetnsCounters{}}
 	if !p.bare {
-		if err := p.objects.TimeWaitMaxAge.Set(uint32(min(since.Milliseconds(), 120_000))); err != nil {
-			return cov, fmt.Errorf("set the age of minisocks to show: %w", err)
+		// Not their age: this process may be stopped before it reads them.
+		if err := p.objects.TimeWaitSince.Set(uint64(max(cov.Begin.Add(-min(since, 2*time.Minute)), 0))); err != nil {
+			return cov, fmt.Errorf("set which minisocks to show: %w", err)
 		}
 	}
 	spaces, err := findNamespaces()
