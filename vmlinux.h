@@ -72,6 +72,33 @@ struct hlist_node {
 	struct hlist_node **pprev;
 };
 
+struct hlist_nulls_node {
+	struct hlist_nulls_node *next;
+};
+
+struct hlist_nulls_head {
+	struct hlist_nulls_node *first;
+};
+
+struct inet_ehash_bucket {
+	struct hlist_nulls_head chain;
+};
+
+struct inet_listen_hashbucket {
+	struct hlist_nulls_head nulls_head;
+};
+
+struct inet_hashinfo {
+	struct inet_ehash_bucket *ehash;
+	unsigned int ehash_mask;
+	unsigned int lhash2_mask;
+	struct inet_listen_hashbucket *lhash2;
+};
+
+struct inet_timewait_death_row {
+	struct inet_hashinfo *hashinfo;
+};
+
 struct timer_list {
 	struct hlist_node entry;
 	long unsigned int expires;
@@ -89,6 +116,7 @@ struct ns_common {
 };
 
 struct netns_ipv4 {
+	struct inet_timewait_death_row tcp_death_row;
 	int sysctl_tcp_fin_timeout;
 };
 
@@ -128,6 +156,9 @@ struct sock_common {
 	atomic64_t skc_cookie;
 	union {
 		long unsigned int skc_flags;
+	};
+	union {
+		struct hlist_nulls_node skc_nulls_node;
 	};
 };
 
@@ -183,10 +214,20 @@ struct inet_timewait_sock {
 	struct timer_list tw_timer;
 };
 
+struct nsproxy {
+	struct net *net_ns;
+};
+
 struct task_struct {
+	struct nsproxy *nsproxy;
 	struct task_struct *group_leader;
 	int tgid;
 	char comm[16];
+};
+
+/* Any structure of 64-bit numbers: see word() of fintrace.bpf.c. */
+struct timespec64 {
+	__s64 tv_sec;
 };
 
 struct seq_file;

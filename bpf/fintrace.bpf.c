@@ -348,19 +348,85 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 	return 0;
 }
 
+/* What of a minisock is of interest. */
+struct minisock {
+	__u8 substate; /* TCP_FIN_WAIT2 or TCP_TIME_WAIT */
+	bool has_entry;
+	__u32 entry; /* ms since the entry stamp */
+	__s32 timer; /* jiffies */
+};
+
+/* The kernel's clocks at one moment. */
+struct now {
+	__u64 boot; /* ns */
+	__u64 jiffies;
+	__u32 ms; /* of the monotonic clock, which entry stamps are of */
+};
+
+static __always_inline void read_clocks(struct now *now)
+{
+	now->boot = bpf_ktime_get_boot_ns();
+	now->jiffies = bpf_jiffies64();
+	now->ms = bpf_ktime_get_ns() / 1000000;
+}
+
+/* Fills what all rows have. */
+static __always_inline void describe(struct row *r, const struct sock_common *skc, __u64 cookie,
+				     const struct now *now)
+{
+	const struct net *net = skc->skc_net.net;
+
+	r->time = now->boot;
+	r->cookie = cookie;
+	r->netns = net->ns.inum;
+	r->fin_timeout = net->ipv4.sysctl_tcp_fin_timeout;
+	r->device = skc->skc_bound_dev_if;
+	r->local_port = skc->skc_num;
+	r->remote_port = bpf_ntohs(skc->skc_dport);
+	read_addresses(skc, r->local, r->remote);
+}
+
+static __always_inline void describe_minisock(struct row *r, const struct minisock *m)
+{
+	r->state = m->substate;
+	r->minisock = 1;
+	r->has_timer = 1;
+	r->timer = m->timer;
+	r->has_entry = m->has_entry;
+	r->entry = m->entry;
+}
+
+static __always_inline void describe_full(struct row *r, const struct tcp_sock *tp,
+					  const struct now *now)
+{
+	const struct sock *sk = (const struct sock *)tp;
+
+	r->state = TCP_FIN_WAIT2;
+	r->dead = is_dead(sk);
+	r->accepted = sk->sk_max_ack_backlog != 0;
+	r->linger2 = tp->linger2;
+	r->rto = tp->inet_conn.icsk_rto;
+	r->last_ack = (__u32)now->jiffies - tp->rcv_tstamp;
+	r->has_timer = r->dead && sk->sk_timer.entry.pprev;
+	if (r->has_timer)
+		r->timer = (long)(sk->sk_timer.expires - now->jiffies);
+}
+
 /* A function of its own so that the type of its argument reaches the object's BTF, and Go. */
 static __noinline void write_row(struct seq_file *seq, struct row *r)
 {
 	bpf_seq_write(seq, r, sizeof(*r));
 }
 
+/*
+ * The sockets of one network namespace, one by one, each locked. It gives a
+ * cookie to those that have none.
+ */
 SEC("iter/tcp")
 int snapshot(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *skc = ctx->sk_common;
-	struct inet_timewait_sock *tw = (void *)skc;
-	struct net *net;
-	__s32 timer = 0;
+	struct now now;
 	struct row r;
 	__u8 state;
 
@@ -369,62 +435,338 @@ int snapshot(struct bpf_iter__tcp *ctx)
 	state = skc->skc_state;
 	if (state != TCP_FIN_WAIT2 && state != TCP_TIME_WAIT && state != TCP_LISTEN)
 		return 0;
+
+	read_clocks(&now);
+	__builtin_memset(&r, 0, sizeof(r));
+	r.state = state;
 	if (state == TCP_TIME_WAIT) {
 		/*
 		 * Read by CO-RE: bpf_skc_to_tcp_timewait_sock() does not know
 		 * the minisocks of connections accepted on an MPTCP listener.
 		 */
-		state = BPF_CORE_READ(tw, tw_substate);
-		/* One in TIME_WAIT is of interest only as the end of a FIN_WAIT2 that was sent. */
-		if (state == TCP_TIME_WAIT && !skc->skc_cookie.counter && !config.before_5_12)
-			return 0;
-		timer = (long)(BPF_CORE_READ(tw, tw_timer.expires) - bpf_jiffies64());
-		if (state == TCP_TIME_WAIT &&
-		    (TCP_TIMEWAIT_SECONDS * (__s32)config.hz - timer) * 1000000000LL >
-			    (__s64)(bpf_ktime_get_boot_ns() - time_wait_since) * config.hz)
-			return 0;
-	}
+		struct inet_timewait_sock *tw = (void *)skc;
+		struct minisock m = {
+			.substate = BPF_CORE_READ(tw, tw_substate),
+			.timer = (long)(BPF_CORE_READ(tw, tw_timer.expires) - now.jiffies),
+		};
 
-	__builtin_memset(&r, 0, sizeof(r));
-	r.state = state;
-	if (skc->skc_state == TCP_TIME_WAIT) {
-		r.minisock = 1;
-		r.has_timer = 1;
-		r.timer = timer;
+		/* One in TIME_WAIT is of interest only as the end of a FIN_WAIT2 that was sent. */
+		if (m.substate == TCP_TIME_WAIT && !skc->skc_cookie.counter && !config.before_5_12)
+			return 0;
+		if (m.substate == TCP_TIME_WAIT &&
+		    (TCP_TIMEWAIT_SECONDS * (__s32)config.hz - m.timer) * 1000000000LL >
+			    (__s64)(now.boot - time_wait_since) * config.hz)
+			return 0;
 		if (bpf_core_field_exists(tw->tw_entry_stamp)) {
-			r.has_entry = 1;
-			r.entry = (__u32)(bpf_ktime_get_ns() / 1000000) -
-				  BPF_CORE_READ(tw, tw_entry_stamp);
+			m.has_entry = true;
+			m.entry = now.ms - BPF_CORE_READ(tw, tw_entry_stamp);
 		}
-	} else if (r.state == TCP_FIN_WAIT2) {
+		describe_minisock(&r, &m);
+	} else if (state == TCP_FIN_WAIT2) {
 		struct tcp_sock *tp = bpf_skc_to_tcp_sock(skc);
 		struct sock *sk = (struct sock *)tp;
 
 		if (!tp)
 			return 0;
-		r.dead = is_dead(sk);
-		r.accepted = sk->sk_max_ack_backlog != 0;
-		r.linger2 = tp->linger2;
-		r.rto = tp->inet_conn.icsk_rto;
-		r.last_ack = (__u32)bpf_jiffies64() - tp->rcv_tstamp;
-		r.has_timer = r.dead && sk->sk_timer.entry.pprev;
-		if (r.has_timer)
-			r.timer = (long)(sk->sk_timer.expires - bpf_jiffies64());
+		describe_full(&r, tp, &now);
 		if (sk->sk_socket)
 			r.inode = BPF_CORE_READ((struct socket_alloc *)sk->sk_socket,
 						vfs_inode.i_ino);
 	}
-
-	net = skc->skc_net.net;
-	r.time = bpf_ktime_get_boot_ns();
-	r.cookie = cookie_of(skc);
-	r.netns = net->ns.inum;
-	r.fin_timeout = net->ipv4.sysctl_tcp_fin_timeout;
-	r.device = skc->skc_bound_dev_if;
-	r.local_port = skc->skc_num;
-	r.remote_port = bpf_ntohs(skc->skc_dport);
-	read_addresses(skc, r.local, r.remote);
+	describe(&r, skc, cookie_of(skc), &now);
 	write_row(ctx->meta->seq, &r);
+	return 0;
+}
+
+/*
+ * The walk: the sockets of all network namespaces straight from the kernel's
+ * hash tables, as the kernel's own lookups read them, under RCU and without a
+ * lock. Nearly all of its time is waiting for memory, so it goes through many
+ * chains at once, a step of each at a time, with no branch that depends on what
+ * a socket is: then the processor waits for many of them at once. A table is
+ * walked a part at a time, each with one BPF_PROG_RUN.
+ */
+
+enum {
+	ROWS = 2048,
+	CHAINS = 8192,
+	KNOWN_BITS = 1 << 22,
+	LISTENING_NULLS_BASE = 1 << 29, /* include/net/inet_hashtables.h */
+};
+
+/* What one run of the walk is asked for, and its answer. */
+struct batch {
+	__u32 listening; /* asked: the listeners, not the connections */
+	__u32 begin;	 /* asked: the first bucket */
+	__u32 end;	 /* asked: the bucket after the last, at most CHAINS on */
+	__u32 buckets;	 /* of the table */
+	__u64 table;	 /* address of the inet_hashinfo, compared only */
+	__u32 filled;	 /* rows */
+	__u8 full;	 /* there was no room for all: ask for less at once */
+	__u8 strayed;	 /* sockets moved to other chains meanwhile: ask again */
+	__u8 padding[2];
+	struct row rows[ROWS];
+};
+
+/* Where a run keeps what it has found: addresses. */
+struct scratch {
+	__u32 chains;
+	__u32 left; /* of the chains, after a step */
+	__u32 sockets;
+	__u32 minisocks;
+	__u32 picked; /* of the minisocks */
+	__u32 padding;
+	__u64 head;	    /* the first bucket's: kept here, a number to the verifier */
+	__u64 node[CHAINS]; /* where each chain is */
+	__u64 end[CHAINS];  /* what it ends with */
+	__u64 socket[ROWS];
+	__u64 minisock[CHAINS];
+};
+
+/*
+ * A bit for each cookie that is tracked, and others: of the minisocks in
+ * TIME_WAIT, of which there are very many, the walk shows only those.
+ */
+struct known {
+	__u64 bits[KNOWN_BITS / 64];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct batch);
+} batches SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct scratch);
+} scratches SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct known);
+} known SEC(".maps");
+
+struct walker {
+	struct now now; /* a little before each socket is read */
+	struct batch *batch;
+	struct scratch *scratch;
+	const struct known *known;
+	__u64 stride; /* bytes from one bucket's head to the next */
+	__u64 nulls;  /* what the first bucket's chain ends with */
+};
+
+extern void *bpf_rdonly_cast(const void *obj, __u32 btf_id) __ksym __weak;
+
+#define AT(type, address)                                                                          \
+	((const type *)bpf_rdonly_cast((void *)(address), bpf_core_type_id_kernel(type)))
+
+/* The 64-bit number at an address: the verifier does not let the bits of a pointer be looked at. */
+static __always_inline __u64 word(__u64 address)
+{
+	return AT(struct timespec64, address)->tv_sec;
+}
+
+/* The i-th bucket's chain. An odd address ends a chain (include/linux/list_nulls.h). */
+static long begin_chain(__u64 i, struct walker *w)
+{
+	struct scratch *s = w->scratch;
+	__u32 n = s->chains;
+	__u64 node;
+
+	if (n >= CHAINS)
+		return 1;
+	node = word(s->head + i * w->stride);
+	s->node[n] = node;
+	s->end[n] = w->nulls + 2 * i;
+	s->chains = n + (~node & 1);
+	return 0;
+}
+
+/* The i-th chain's next socket. */
+static long step_chain(__u64 i, struct walker *w)
+{
+	struct scratch *s = w->scratch;
+	__u32 left = s->left, sockets = s->sockets, minisocks = s->minisocks;
+	__u64 node, next, end, address;
+	__u8 state;
+
+	if (i >= CHAINS || left >= CHAINS)
+		return 1;
+	if (sockets >= ROWS || minisocks >= CHAINS) {
+		w->batch->full = 1;
+		return 1;
+	}
+	node = s->node[i];
+	end = s->end[i];
+	address = node - bpf_core_field_offset(struct sock_common, skc_nulls_node);
+	state = AT(struct sock_common, address)->skc_state;
+	s->socket[sockets] = address;
+	s->sockets = sockets + ((1 << TCP_FIN_WAIT2 | 1 << TCP_LISTEN) >> (state & 31) & 1);
+	s->minisock[minisocks] = address;
+	s->minisocks = minisocks + (1 << TCP_TIME_WAIT >> (state & 31) & 1);
+
+	next = word(node);
+	if (next & 1 && next != end)
+		w->batch->strayed = 1;
+	s->node[left] = next;
+	s->end[left] = end;
+	s->left = left + (~next & 1);
+	return 0;
+}
+
+static long step(__u64 i, struct walker *w)
+{
+	struct scratch *s = w->scratch;
+
+	s->left = 0;
+	bpf_loop(s->chains, step_chain, w, 0);
+	s->chains = s->left;
+	return !s->chains || w->batch->full;
+}
+
+/* Of the minisocks, those in FIN_WAIT2 (odd: 5, and not 6) and those that are known. */
+static long pick_minisock(__u64 i, struct walker *w)
+{
+	struct scratch *s = w->scratch;
+	const struct inet_timewait_sock *tw;
+	__u32 picked = s->picked;
+	__u64 cookie, known;
+
+	if (i >= CHAINS || picked >= CHAINS)
+		return 1;
+	tw = AT(struct inet_timewait_sock, s->minisock[i]);
+	cookie = tw->__tw_common.skc_cookie.counter;
+	known = w->known->bits[cookie % KNOWN_BITS / 64] >> cookie % 64;
+	s->minisock[picked] = s->minisock[i];
+	s->picked = picked + ((tw->tw_substate | known) & 1);
+	return 0;
+}
+
+static __always_inline struct row *next_row(struct batch *b)
+{
+	__u32 filled = b->filled;
+	struct row *r;
+
+	if (filled >= ROWS)
+		return NULL;
+	r = &b->rows[filled];
+	__builtin_memset(r, 0, sizeof(*r));
+	return r;
+}
+
+/* Keeps the row of a socket whose memory is not another's by now. */
+static __always_inline void keep_row(struct batch *b, const struct row *r,
+				     const struct sock_common *skc, __u8 state)
+{
+	b->filled += skc->skc_state == state && skc->skc_cookie.counter == r->cookie;
+}
+
+static long show_socket(__u64 i, struct walker *w)
+{
+	const struct socket *socket;
+	const struct sock *sk;
+	struct row *r;
+	__u64 address;
+	__u8 state;
+
+	r = next_row(w->batch);
+	if (!r || i >= ROWS)
+		return 1;
+	address = w->scratch->socket[i];
+	sk = AT(struct sock, address);
+	state = sk->__sk_common.skc_state;
+	describe(r, &sk->__sk_common, sk->__sk_common.skc_cookie.counter, &w->now);
+	if (state == TCP_FIN_WAIT2) {
+		describe_full(r, AT(struct tcp_sock, address), &w->now);
+		socket = sk->sk_socket;
+		if (socket)
+			r->inode = AT(struct socket_alloc, socket)->vfs_inode.i_ino;
+		/* Closed meanwhile: the inode may be another's. */
+		if (sk->sk_socket != socket)
+			r->inode = 0;
+	} else if (state != TCP_LISTEN) {
+		return 0;
+	}
+	r->state = state;
+	keep_row(w->batch, r, &sk->__sk_common, state);
+	return 0;
+}
+
+static long show_minisock(__u64 i, struct walker *w)
+{
+	const struct inet_timewait_sock *tw;
+	struct minisock m = {};
+	struct row *r;
+
+	r = next_row(w->batch);
+	if (!r || i >= CHAINS)
+		return 1;
+	tw = AT(struct inet_timewait_sock, w->scratch->minisock[i]);
+	describe(r, &tw->__tw_common, tw->__tw_common.skc_cookie.counter, &w->now);
+	m.substate = tw->tw_substate;
+	m.timer = (long)(tw->tw_timer.expires - w->now.jiffies);
+	if (bpf_core_field_exists(tw->tw_entry_stamp)) {
+		m.has_entry = true;
+		m.entry = w->now.ms - tw->tw_entry_stamp;
+	}
+	describe_minisock(r, &m);
+	keep_row(w->batch, r, &tw->__tw_common, TCP_TIME_WAIT);
+	return 0;
+}
+
+SEC("raw_tp")
+int walk(void *ctx)
+{
+	const struct inet_hashinfo *table =
+		bpf_get_current_task_btf()->nsproxy->net_ns->ipv4.tcp_death_row.hashinfo;
+	struct walker w = {};
+	struct scratch *s;
+	struct batch *b;
+	__u32 zero = 0;
+
+	w.batch = b = bpf_map_lookup_elem(&batches, &zero);
+	w.scratch = s = bpf_map_lookup_elem(&scratches, &zero);
+	w.known = bpf_map_lookup_elem(&known, &zero);
+	if (!b || !s || !w.known)
+		return 0;
+	b->table = (__u64)table;
+	b->filled = b->full = b->strayed = 0;
+	s->chains = s->sockets = s->minisocks = s->picked = 0;
+	if (b->listening) {
+		b->buckets = table->lhash2_mask + 1;
+		s->head = (__u64)table->lhash2 +
+			  bpf_core_field_offset(struct inet_listen_hashbucket, nulls_head);
+		w.stride = bpf_core_type_size(struct inet_listen_hashbucket);
+		w.nulls = LISTENING_NULLS_BASE;
+	} else {
+		b->buckets = table->ehash_mask + 1;
+		s->head = (__u64)table->ehash;
+		w.stride = bpf_core_type_size(struct inet_ehash_bucket);
+	}
+	if (b->end > b->buckets)
+		b->end = b->buckets;
+	if (b->begin >= b->end)
+		return 0;
+	s->head += b->begin * w.stride;
+	w.nulls = 2 * (w.nulls + b->begin) | 1;
+	read_clocks(&w.now);
+	bpf_loop(b->end - b->begin, begin_chain, &w, 0);
+	bpf_loop(1 << 20, step, &w, 0);
+	bpf_loop(s->minisocks, pick_minisock, &w, 0);
+	if (s->sockets + s->picked > ROWS)
+		b->full = 1;
+	if (b->full || b->strayed)
+		return 0;
+	bpf_loop(s->sockets, show_socket, &w, 0);
+	bpf_loop(s->picked, show_minisock, &w, 0);
 	return 0;
 }
 

@@ -39,7 +39,7 @@ func TestBare(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer p.Close()
-		cov, err := p.Snapshot(time.Minute, func(some []events.Socket) {
+		cov, err := p.Snapshot(func(func(uint64)) {}, func(some []events.Socket) {
 			for _, s := range some {
 				if s.Netns == ns.Inode {
 					sockets = append(sockets, s)

@@ -235,7 +235,6 @@ func (w *watch) reconcile(ctx context.Context) error {
 	}
 	losses := w.counters.Lost + w.counters.Missed
 	began, spent := probe.Now(), processorTime()
-	since := began.Sub(w.began) + time.Second
 	var (
 		unowned []events.Socket
 		cov     events.Coverage
@@ -243,7 +242,15 @@ func (w *watch) reconcile(ctx context.Context) error {
 	)
 	w.tracker.BeginSnapshot(began)
 	drained := w.aside(ctx, func(inLoop func(func() error)) {
-		cov, err = w.probe.Snapshot(since, func(sockets []events.Socket) {
+		known := func(show func(cookie uint64)) {
+			// What was sent before it began is to be known.
+			inLoop(func() error {
+				drained := w.drain()
+				w.tracker.Cookies(show)
+				return drained
+			})
+		}
+		cov, err = w.probe.Snapshot(known, func(sockets []events.Socket) {
 			inLoop(func() error {
 				drained := w.drain()
 				owned := sockets[:0]

@@ -11,49 +11,78 @@ import (
 	"github.com/fintrace/fintrace/internal/probe"
 )
 
-// TestSnapshotLate has a walk of the sockets held up for longer than the age of
-// the ends that it is asked for: it shows them all the same.
-func TestSnapshotLate(t *testing.T) {
+// everyWay runs a test with both ways to look at the sockets.
+func everyWay(t *testing.T, test func(t *testing.T, opts probe.Options)) {
 	kerneltest.Require(t)
-	ns := kerneltest.NewNamespace(t)
-	quickACK(t, ns)
-	p, err := probe.Open(probe.Options{})
-	if err != nil {
-		t.Fatal(err)
+	for name, opts := range map[string]probe.Options{"walk": {}, "iterator": {Iterator: true}} {
+		t.Run(name, func(t *testing.T) { test(t, opts) })
 	}
-	defer p.Close()
-	if err := p.Attach(); err != nil {
-		t.Fatal(err)
-	}
-	// Some times as many as one read of the walk returns.
-	const n = 1500
-	var pairs []*pair
-	for range n {
-		p := connect(t, ns, events.Inbound, ipv4)
-		p.close()
-		pairs = append(pairs, p)
-	}
-	for _, p := range pairs {
-		p.closeFD(&p.peer)
-	}
-	ended := 0
-	const since = 2 * time.Second
-	_, err = p.Snapshot(since, func(sockets []events.Socket) {
-		for _, s := range sockets {
-			if s.Netns != ns.Inode || s.State != events.TimeWait {
-				continue
+}
+
+// TestSnapshotLate has a look at the sockets held up for longer than it was since
+// the last: it shows all ends that came since then all the same.
+func TestSnapshotLate(t *testing.T) {
+	everyWay(t, func(t *testing.T, opts probe.Options) {
+		ns := kerneltest.NewNamespace(t)
+		quickACK(t, ns)
+		p, err := probe.Open(opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		if err := p.Attach(); err != nil {
+			t.Fatal(err)
+		}
+		nothing := func(func(uint64)) {}
+		if _, err := p.Snapshot(nothing, func([]events.Socket) {}); err != nil {
+			t.Fatal(err)
+		}
+		// Some times as many as one batch of rows has.
+		const n = 5000
+		var pairs []*pair
+		for range n {
+			p := connect(t, ns, events.Inbound, ipv4)
+			p.close()
+			pairs = append(pairs, p)
+		}
+		var sent []uint64
+		if err := p.Drain(func(ev *events.Event) {
+			if ev.Netns == ns.Inode && ev.New == events.Close {
+				sent = append(sent, ev.Cookie)
 			}
-			if ended == 0 {
-				pause(since + since/2)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range pairs {
+			p.closeFD(&p.peer)
+		}
+		known := func(show func(uint64)) {
+			for _, cookie := range sent {
+				show(cookie)
 			}
-			ended++
+		}
+		ended := map[uint64]bool{}
+		if _, err = p.Snapshot(known, func(sockets []events.Socket) {
+			for _, s := range sockets {
+				if s.Netns != ns.Inode || s.State != events.TimeWait {
+					continue
+				}
+				if len(ended) == 0 {
+					pause(3 * time.Second)
+				}
+				ended[s.Cookie] = true
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		// The kernel may skip an event of some of them.
+		if len(sent) < n-n/100 {
+			t.Errorf("%d of %d handovers were sent", len(sent), n)
+		}
+		for _, cookie := range sent {
+			if !ended[cookie] {
+				t.Errorf("the end of %x is not shown", cookie)
+			}
 		}
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The kernel may skip an event of some of them.
-	if ended < n-n/100 {
-		t.Errorf("%d of %d ends are shown", ended, n)
-	}
 }

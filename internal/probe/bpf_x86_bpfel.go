@@ -13,6 +13,20 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type bpfBatch struct {
+	_         structs.HostLayout
+	Listening uint32
+	Begin     uint32
+	End       uint32
+	Buckets   uint32
+	Table     uint64
+	Filled    uint32
+	Full      uint8
+	Strayed   uint8
+	Padding   [2]uint8
+	Rows      [2048]bpfRow
+}
+
 type bpfCloser struct {
 	_       structs.HostLayout
 	Sk      uint64
@@ -64,6 +78,11 @@ type bpfEvent struct {
 	Comm       [2]uint64
 }
 
+type bpfKnown struct {
+	_    structs.HostLayout
+	Bits [65536]uint64
+}
+
 type bpfRow struct {
 	_          structs.HostLayout
 	Time       uint64
@@ -90,15 +109,34 @@ type bpfRow struct {
 	Remote     [16]uint8
 }
 
+type bpfScratch struct {
+	_         structs.HostLayout
+	Chains    uint32
+	Left      uint32
+	Sockets   uint32
+	Minisocks uint32
+	Picked    uint32
+	Padding   uint32
+	Head      uint64
+	Node      [8192]uint64
+	End       [8192]uint64
+	Socket    [2048]uint64
+	Minisock  [8192]uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	bpfMapBatches       = "batches"
 	bpfMapClosers       = "closers"
 	bpfMapCounts        = "counts"
+	bpfMapKnown         = "known"
 	bpfMapRing          = "ring"
+	bpfMapScratches     = "scratches"
 	bpfProgOnSetState   = "on_set_state"
 	bpfProgSnapshot     = "snapshot"
+	bpfProgWalk         = "walk"
 	bpfVarConfig        = "config"
 	bpfVarTimeWaitSince = "time_wait_since"
 )
@@ -147,15 +185,19 @@ type bpfSpecs struct {
 type bpfProgramSpecs struct {
 	OnSetState *ebpf.ProgramSpec `ebpf:"on_set_state"`
 	Snapshot   *ebpf.ProgramSpec `ebpf:"snapshot"`
+	Walk       *ebpf.ProgramSpec `ebpf:"walk"`
 }
 
 // bpfMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfMapSpecs struct {
-	Closers *ebpf.MapSpec `ebpf:"closers"`
-	Counts  *ebpf.MapSpec `ebpf:"counts"`
-	Ring    *ebpf.MapSpec `ebpf:"ring"`
+	Batches   *ebpf.MapSpec `ebpf:"batches"`
+	Closers   *ebpf.MapSpec `ebpf:"closers"`
+	Counts    *ebpf.MapSpec `ebpf:"counts"`
+	Known     *ebpf.MapSpec `ebpf:"known"`
+	Ring      *ebpf.MapSpec `ebpf:"ring"`
+	Scratches *ebpf.MapSpec `ebpf:"scratches"`
 }
 
 // bpfVariableSpecs contains global variables before they are loaded into the kernel.
@@ -186,16 +228,22 @@ func (o *bpfObjects) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfMaps struct {
-	Closers *ebpf.Map `ebpf:"closers"`
-	Counts  *ebpf.Map `ebpf:"counts"`
-	Ring    *ebpf.Map `ebpf:"ring"`
+	Batches   *ebpf.Map `ebpf:"batches"`
+	Closers   *ebpf.Map `ebpf:"closers"`
+	Counts    *ebpf.Map `ebpf:"counts"`
+	Known     *ebpf.Map `ebpf:"known"`
+	Ring      *ebpf.Map `ebpf:"ring"`
+	Scratches *ebpf.Map `ebpf:"scratches"`
 }
 
 func (m *bpfMaps) Close() error {
 	return _BpfClose(
+		m.Batches,
 		m.Closers,
 		m.Counts,
+		m.Known,
 		m.Ring,
+		m.Scratches,
 	)
 }
 
@@ -213,12 +261,14 @@ type bpfVariables struct {
 type bpfPrograms struct {
 	OnSetState *ebpf.Program `ebpf:"on_set_state"`
 	Snapshot   *ebpf.Program `ebpf:"snapshot"`
+	Walk       *ebpf.Program `ebpf:"walk"`
 }
 
 func (p *bpfPrograms) Close() error {
 	return _BpfClose(
 		p.OnSetState,
 		p.Snapshot,
+		p.Walk,
 	)
 }
 

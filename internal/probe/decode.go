@@ -77,7 +77,11 @@ func (c clock) decodeRow(row []byte, s *events.Socket) error {
 	if len(row) != rowSize {
 		return fmt.Errorf("a row of %d bytes where the BPF program writes %d", len(row), rowSize)
 	}
-	raw := (*bpfRow)(unsafe.Pointer(unsafe.SliceData(row)))
+	c.socket((*bpfRow)(unsafe.Pointer(unsafe.SliceData(row))), s)
+	return nil
+}
+
+func (c clock) socket(raw *bpfRow, s *events.Socket) {
 	*s = events.Socket{
 		Time:     events.Time(raw.Time),
 		Cookie:   raw.Cookie,
@@ -106,7 +110,6 @@ func (c clock) decodeRow(row []byte, s *events.Socket) error {
 	case s.State == events.FinWait2:
 		s.Stage = events.Held
 	}
-	return nil
 }
 
 // identity stands for the cookie where tracing programs may not ask for it

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"maps"
 	"os"
 	"path/filepath"
@@ -104,6 +105,32 @@ func (n namespaces) open(inode uint32) (*os.File, error) {
 		f.Close()
 	}
 	return nil, err
+}
+
+// enter runs fn on a thread in a namespace.
+func (n namespaces) enter(inode uint32, fn func() error) error {
+	there, err := n.open(inode)
+	if err != nil {
+		return err
+	}
+	if there != nil {
+		defer there.Close() // It would keep the namespace.
+	}
+	return inNamespace(there, fn)
+}
+
+// all yields the namespaces, the own one first.
+func (n namespaces) all() iter.Seq[uint32] {
+	return func(yield func(uint32) bool) {
+		if !yield(n.own) {
+			return
+		}
+		for inode := range n.paths {
+			if inode != n.own && !yield(inode) {
+				return
+			}
+		}
+	}
 }
 
 // NamespaceNames maps the inodes of mounted network namespaces to their names.

@@ -30,16 +30,35 @@ type Options struct {
 	// RingBytes is the size of the ring buffer, a power of two and a multiple
 	// of the page size; 0 is the default of 8 MiB.
 	RingBytes int
+	// Iterator has Snapshot use the socket iterator alone, as it does on kernels
+	// that lack what the walk takes.
+	Iterator bool
 }
 
 // Probe is the loaded kernel side.
 type Probe struct {
-	objects  bpfObjects
+	objects  objects
 	attached link.Link
-	walker   *link.Iter
+	iterator *link.Iter
+	walker   *walker     // nil: the kernel lacks what it takes
+	looked   events.Time // when the last snapshot began
 	ring     *ring
 	clock    clock
 	bare     bool // without BPF: only clock is set
+}
+
+// objects are what every kernel has that fintrace runs on.
+type objects struct {
+	OnSetState *ebpf.Program `ebpf:"on_set_state"`
+	Snapshot   *ebpf.Program `ebpf:"snapshot"`
+	Ring       *ebpf.Map     `ebpf:"ring"`
+	Counts     *ebpf.Map     `ebpf:"counts"`
+
+	TimeWaitSince *ebpf.Variable `ebpf:"time_wait_since"`
+}
+
+func (o *objects) close() error {
+	return errors.Join(o.OnSetState.Close(), o.Snapshot.Close(), o.Ring.Close(), o.Counts.Close())
 }
 
 // Counters are totals since Open, over all namespaces.
@@ -87,11 +106,14 @@ func Open(opts Options) (_ *Probe, err error) {
 	if err != nil {
 		return nil, err
 	}
-	p.walker, err = link.AttachIter(link.IterOptions{Program: p.objects.Snapshot})
+	p.iterator, err = link.AttachIter(link.IterOptions{Program: p.objects.Snapshot})
 	if err != nil {
 		return nil, fmt.Errorf("attach the socket iterator: %w", err)
 	}
-	return p, nil
+	if !opts.Iterator {
+		p.walker, err = newWalker(spec)
+	}
+	return p, err
 }
 
 // prepare is for what every Probe needs.
@@ -135,14 +157,17 @@ func (p *Probe) Close() error {
 	if p.attached != nil {
 		errs = append(errs, p.attached.Close())
 	}
+	if p.iterator != nil {
+		errs = append(errs, p.iterator.Close())
+	}
 	if p.walker != nil {
-		errs = append(errs, p.walker.Close())
+		errs = append(errs, p.walker.close())
 	}
 	if p.ring != nil {
 		errs = append(errs, p.ring.close())
 	}
 	if !p.bare {
-		errs = append(errs, p.objects.Close())
+		errs = append(errs, p.objects.close())
 	}
 	return errors.Join(errs...)
 }

@@ -24,32 +24,24 @@ const rowsPerRead = 512
 
 // Snapshot walks the TCP sockets of every network namespace and calls fn with
 // the listeners, the connections in FIN_WAIT2, and those minisocks that went
-// from FIN_WAIT2 to TIME_WAIT within the last `since` and that fintrace has
-// seen before. A namespace's listeners come before its connections. The slice
-// is reused. What could not be looked at is in the Coverage; the error is for
-// when nothing could.
-func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.Coverage, error) {
+// from FIN_WAIT2 to TIME_WAIT since the last Snapshot and whose cookies known
+// names; it may be called with some others. The listeners of a namespace come
+// before its connections. The slice is reused. What could not be looked at is in
+// the Coverage; the error is for when nothing could.
+func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.Socket)) (events.Coverage, error) {
 	cov := events.Coverage{Begin: Now(), Netns: map[uint32]events.NetnsCounters{}}
-	if !p.bare {
-		// Not their age: this process may be stopped before it reads them.
-		if err := p.objects.TimeWaitSince.Set(uint64(max(cov.Begin.Add(-min(since, 2*time.Minute)), 0))); err != nil {
-			return cov, fmt.Errorf("set which minisocks to show: %w", err)
-		}
-	}
 	spaces, err := findNamespaces()
 	if err != nil {
 		return cov, err
 	}
-	lookup := Lookup{spaces: &spaces}
-	defer lookup.Close()
-	buf := rowBuffer{bytes: make([]byte, rowsPerRead*rowSize), sockets: make([]events.Socket, 0, rowsPerRead)}
-	for inode := range spaces.paths {
-		var counters events.NetnsCounters
-		if p.bare {
-			counters, err = walkBare(&lookup, inode, fn)
-		} else {
-			counters, err = p.walk(spaces, inode, &buf, fn)
-		}
+	l := look{Probe: p, spaces: &spaces, lookup: Lookup{spaces: &spaces}, fn: fn,
+		tables: map[uint64]bool{}, strangers: map[uint32]bool{}}
+	defer l.lookup.Close()
+	if err := l.begin(known, cov.Begin); err != nil {
+		return cov, err
+	}
+	for inode := range spaces.all() {
+		counters, err := l.at(inode)
 		if err != nil {
 			if !gone(err) {
 				cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
@@ -57,6 +49,12 @@ func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.
 			continue
 		}
 		cov.Netns[inode] = counters
+	}
+	for inode := range l.strangers {
+		if err := l.iterate(inode); err != nil {
+			delete(cov.Netns, inode)
+			cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
+		}
 	}
 	cov.End = Now()
 	slices.Sort(cov.Skipped)
@@ -69,61 +67,118 @@ func (p *Probe) Snapshot(since time.Duration, fn func([]events.Socket)) (events.
 	return cov, nil
 }
 
-type rowBuffer struct {
-	bytes   []byte
-	sockets []events.Socket
+// A look is one Snapshot.
+type look struct {
+	*Probe
+	spaces *namespaces
+	lookup Lookup
+	fn     func([]events.Socket)
+
+	tables    map[uint64]bool // those that the walker has been through
+	strangers map[uint32]bool // the namespaces of connections that have no cookie yet
+	sockets   []events.Socket // reused
+	bytes     []byte          // reused
 }
 
-func (p *Probe) walk(spaces namespaces, inode uint32, buf *rowBuffer, fn func([]events.Socket)) (events.NetnsCounters, error) {
-	var (
-		counters events.NetnsCounters
-		iter     io.ReadCloser
-	)
-	there, err := spaces.open(inode)
-	if err != nil {
-		return counters, err
+func (l *look) begin(known func(func(uint64)), now events.Time) error {
+	since := l.looked
+	l.looked = now
+	switch {
+	case l.bare:
+		return nil
+	case l.walker != nil:
+		l.walker.show(known)
+		return nil
 	}
-	// The iterator keeps to the namespace it was opened in.
-	err = inNamespace(there, func() (err error) {
+	// Not their age: this process may be stopped before it reads them.
+	if err := l.objects.TimeWaitSince.Set(uint64(max(since.Add(-time.Second), 0))); err != nil {
+		return fmt.Errorf("set which minisocks to show: %w", err)
+	}
+	return nil
+}
+
+// at looks at one namespace, and with the walker at all that share its tables.
+func (l *look) at(inode uint32) (counters events.NetnsCounters, err error) {
+	if l.bare {
+		return walkBare(&l.lookup, inode, l.fn)
+	}
+	used := true
+	err = l.spaces.enter(inode, func() (err error) {
 		counters.TimeWaitOverflow, err = readProc("/proc/thread-self/net/netstat", timeWaitOverflow)
 		if err != nil {
 			return err
 		}
-		// The hash table is the whole host's: where there is no socket, do not walk it.
-		used, err := usesTCP()
-		if err != nil || !used {
-			return err
+		if l.walker != nil {
+			return l.walk()
 		}
-		iter, err = p.walker.Open()
+		// The hash table is the whole host's: where there is no socket, do not walk it.
+		used, err = usesTCP()
 		return err
 	})
-	if there != nil {
-		there.Close() // It would keep the namespace.
+	if err == nil && l.walker == nil && used {
+		err = l.iterate(inode)
 	}
-	if err != nil || iter == nil {
-		return counters, err
-	}
-	defer iter.Close()
+	return counters, err
+}
 
+// walk goes through the calling thread's tables, once.
+func (l *look) walk() error {
+	table, err := l.walker.table()
+	if err != nil || l.tables[table] {
+		return err
+	}
+	l.tables[table] = true
+	return l.walker.walk(func(rows []bpfRow) {
+		l.sockets = l.sockets[:0]
+		for i := range rows {
+			r := &rows[i]
+			if r.Cookie == 0 && events.State(r.State) == events.FinWait2 {
+				l.strangers[r.Netns] = true
+				continue
+			}
+			l.sockets = append(l.sockets, events.Socket{})
+			l.clock.socket(r, &l.sockets[len(l.sockets)-1])
+		}
+		if len(l.sockets) > 0 {
+			l.fn(l.sockets)
+		}
+	})
+}
+
+// iterate has the iterator go through a namespace: it gives the connections there
+// cookies, for their later events and minisocks to have too.
+func (l *look) iterate(inode uint32) error {
+	var sockets io.ReadCloser
+	err := l.spaces.enter(inode, func() (err error) {
+		// It keeps to the namespace it was opened in.
+		sockets, err = l.iterator.Open()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer sockets.Close()
+	if l.bytes == nil {
+		l.bytes = make([]byte, rowsPerRead*rowSize)
+	}
 	filled := 0
 	for {
-		n, err := iter.Read(buf.bytes[filled:])
+		n, err := sockets.Read(l.bytes[filled:])
 		filled += n
-		buf.sockets = buf.sockets[:0]
+		l.sockets = l.sockets[:0]
 		used := 0
 		for ; filled-used >= rowSize; used += rowSize {
-			var s events.Socket
-			if err := p.clock.decodeRow(buf.bytes[used:used+rowSize], &s); err != nil {
-				return counters, err
+			l.sockets = append(l.sockets, events.Socket{})
+			if err := l.clock.decodeRow(l.bytes[used:used+rowSize], &l.sockets[len(l.sockets)-1]); err != nil {
+				return err
 			}
-			buf.sockets = append(buf.sockets, s)
 		}
-		filled = copy(buf.bytes, buf.bytes[used:filled])
-		if len(buf.sockets) > 0 {
-			fn(buf.sockets)
+		filled = copy(l.bytes, l.bytes[used:filled])
+		if len(l.sockets) > 0 {
+			l.fn(l.sockets)
 		}
 		if errors.Is(err, io.EOF) {
-			return counters, nil
+			return nil
 		}
 		// bpf_seq_read() of kernel/bpf/bpf_iter.c: a million sockets that are not
 		// shown, as those in TIME_WAIT, are as many as one read may pass.
@@ -131,7 +186,7 @@ func (p *Probe) walk(spaces namespaces, inode uint32, buf *rowBuffer, fn func([]
 			continue
 		}
 		if err != nil {
-			return counters, fmt.Errorf("walk the sockets: %w", err)
+			return fmt.Errorf("walk the sockets: %w", err)
 		}
 	}
 }

@@ -164,6 +164,11 @@ func (t *Tracker) choose(c *conn) {
 	c.rule = t.rules.Choose(&s)
 }
 
+// Cookies calls fn for that of each connection, in no order.
+func (t *Tracker) Cookies(fn func(uint64)) {
+	t.slab.each(func(c *conn) { fn(c.cookie) })
+}
+
 // All calls fn for each connection, in no order, as of now.
 func (t *Tracker) All(now events.Time, fn func(Conn)) {
 	t.slab.each(func(c *conn) { fn(t.view(c, now)) })
