@@ -191,9 +191,9 @@ func (r *tracer) cpu() (time.Duration, error) {
 	return time.Duration(ts.Nano()), nil
 }
 
-// peakRSS is the most memory it has had resident, in bytes.
-func (r *tracer) peakRSS() (float64, error) {
-	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(r.cmd.Process.Pid), "status"))
+// peakRSS is the most memory that a process has had resident, in bytes.
+func peakRSS(pid int) (float64, error) {
+	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
 	if err != nil {
 		return 0, err
 	}
@@ -203,7 +203,26 @@ func (r *tracer) peakRSS() (float64, error) {
 			return kB * 1024, err
 		}
 	}
-	return 0, fmt.Errorf("no VmHWM in the status of %s", r.name)
+	return 0, fmt.Errorf("no VmHWM in the status of process %d", pid)
+}
+
+// cost is what BPF programs have had of the kernel's time.
+type cost struct {
+	runs uint64 // of the one that has run most: several may hang on one tracepoint
+	time time.Duration
+}
+
+func costOf(programs []*ebpf.Program) (cost, error) {
+	var sum cost
+	for _, p := range programs {
+		s, err := p.Stats()
+		if err != nil {
+			return sum, fmt.Errorf("statistics of a BPF program: %w", err)
+		}
+		sum.runs = max(sum.runs, s.RunCount)
+		sum.time += s.Runtime
+	}
+	return sum, nil
 }
 
 // stop ends the tool as Ctrl-C does.
