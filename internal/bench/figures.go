@@ -50,6 +50,19 @@ func quantile(values []float64, q float64) float64 {
 	return sorted[below] + (at-float64(below))*(sorted[above]-sorted[below])
 }
 
+// interval has the true median of what the values are a sample of with a
+// confidence of 95 %: the values whose ranks the binomial distribution, taken
+// as a normal one, puts at that distance from the middle.
+func interval(values []float64) (low, high float64) {
+	if len(values) == 0 {
+		return math.NaN(), math.NaN()
+	}
+	sorted := slices.Sorted(slices.Values(values))
+	n := float64(len(values))
+	away := 0.98 * math.Sqrt(n)
+	return sorted[max(int(n/2-away), 0)], sorted[min(int(math.Ceil(n/2+away)), len(sorted)-1)]
+}
+
 // figure renders a value, or the reason that there is none.
 func figure(err error, format string, args ...any) string {
 	if err != nil {
@@ -86,6 +99,13 @@ func spaced(n int) string {
 		return fmt.Sprint(n)
 	}
 	return fmt.Sprintf("%s %03d", spaced(n/1000), n%1000)
+}
+
+func nanos(x float64) string {
+	if math.IsNaN(x) {
+		return "?"
+	}
+	return fmt.Sprintf("%.0f ns", x)
 }
 
 func mebibytes(bytes float64) string { return fmt.Sprintf("%.1f MiB", bytes/(1<<20)) }

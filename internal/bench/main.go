@@ -29,7 +29,11 @@ type measure struct {
 }
 
 var measures = []measure{
+	{"kernel", (*suite).kernel},
+	{"user", (*suite).userspace},
+	{"host", (*suite).host},
 	{"snapshot", (*suite).snapshot},
+	{"tracker", (*suite).tracker},
 }
 
 // suite is what the measures have in common.

@@ -23,6 +23,9 @@ import (
 var parts = map[string]func(*json.Decoder) (any, error){
 	"load":     part(runLoad),
 	"snapshot": part(runSnapshot),
+	"steps":    part(runSteps),
+	"tracker":  part(runTracker),
+	"tracked":  part(runTracked),
 }
 
 // self is this very program, also where another has taken its path.

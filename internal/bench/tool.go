@@ -32,15 +32,33 @@ tracepoint:sock:inet_sock_set_state /args->oldstate == 5 && @start[args->skaddr]
 type tool struct {
 	name string
 	args []string
+	// compiles: at its start, against the kernel's headers.
+	compiles bool
 }
 
 func fintrace(binary string, args ...string) tool {
-	return tool{"fintrace", append([]string{binary, "trace"}, args...)}
+	return tool{name: "fintrace", args: append([]string{binary, "trace"}, args...)}
+}
+
+// fintraceDaemon is the daemon with a configuration that leaves the host alone.
+func fintraceDaemon(binary string) (t tool, remove func() error, err error) {
+	f, err := os.CreateTemp("", "bench*.yaml")
+	if err != nil {
+		return t, nil, err
+	}
+	_, err = f.WriteString("alerts: {state_file: \"\"}\nweb: {listen: []}\n")
+	remove = func() error { return os.Remove(f.Name()) }
+	t = tool{name: "fintrace daemon", args: []string{binary, "daemon", "--config", f.Name()}}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return t, nil, errors.Join(err, remove())
+	}
+	return t, remove, nil
 }
 
 var (
-	tcpstates = tool{"tcpstates", []string{"tcpstates"}}
-	bpftrace  = tool{"bpftrace", []string{"bpftrace", "-e", bpftraceScript}}
+	tcpstates    = tool{name: "tcpstates", args: []string{"tcpstates"}}
+	bccTcpstates = tool{name: "bcc's tcpstates", args: []string{"tcpstates-bpfcc"}, compiles: true}
+	bpftrace     = tool{name: "bpftrace histogram", args: []string{"bpftrace", "-e", bpftraceScript}}
 )
 
 // tracer is a tool at work.
@@ -61,6 +79,9 @@ func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
 	if err != nil {
 		return nil, errors.New("not installed")
 	}
+	if t.compiles && !haveHeaders() {
+		return nil, errors.New("cannot run: no headers of this kernel to compile against")
+	}
 	r := &tracer{name: t.name, cmd: exec.CommandContext(ctx, path, t.args[1:]...), ended: make(chan error, 1)}
 	if stdout != nil {
 		r.cmd.Stdout = stdout
@@ -75,6 +96,16 @@ func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
 		return nil, err
 	}
 	return r, nil
+}
+
+// haveHeaders says whether bcc would find the headers of the running kernel.
+func haveHeaders() bool {
+	for _, path := range []string{"/lib/modules/" + kernelRelease() + "/build", "/sys/kernel/kheaders.tar.xz"} {
+		if _, err := os.Stat(path); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // attached waits until a connection has made the tool's programs run.
@@ -211,6 +242,10 @@ type cost struct {
 	runs uint64 // of the one that has run most: several may hang on one tracepoint
 	time time.Duration
 }
+
+func (c cost) less(before cost) cost { return cost{c.runs - before.runs, c.time - before.time} }
+
+func (c cost) perRun() float64 { return float64(c.time) / float64(c.runs) }
 
 func costOf(programs []*ebpf.Program) (cost, error) {
 	var sum cost
