@@ -60,7 +60,8 @@ func interval(values []float64) (low, high float64) {
 	sorted := slices.Sorted(slices.Values(values))
 	n := float64(len(values))
 	away := 0.98 * math.Sqrt(n)
-	return sorted[max(int(n/2-away), 0)], sorted[min(int(math.Ceil(n/2+away)), len(sorted)-1)]
+	rank := func(r float64) int { return min(max(int(math.Ceil(r)), 1), len(values)) }
+	return sorted[rank(n/2-away)-1], sorted[rank(n/2+away)-1]
 }
 
 // figure renders a value, or the reason that there is none.

@@ -34,11 +34,14 @@ var measures = []measure{
 	{"host", (*suite).host},
 	{"snapshot", (*suite).snapshot},
 	{"tracker", (*suite).tracker},
+	{"notice", (*suite).notice},
+	{"start", (*suite).start},
 }
 
 // suite is what the measures have in common.
 type suite struct {
 	binary string // of fintrace
+	idle   time.Duration
 }
 
 func main() {
@@ -59,6 +62,7 @@ func run(ctx context.Context, args []string) (err error) {
 	output := flags.String("o", "", "write the table to this file too, as Markdown")
 	quoted := flags.String("quote", "", "put the lines with a bar into this file, between its marks")
 	flags.StringVar(&s.binary, "fintrace", "", "measure this binary (default: built from the sources here)")
+	flags.DurationVar(&s.idle, "idle", 20*time.Second, "how long to watch it idle")
 	only := flags.String("only", "", "run these of "+names(measures)+" alone")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {

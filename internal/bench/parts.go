@@ -22,7 +22,9 @@ import (
 // connections, ends with it.
 var parts = map[string]func(*json.Decoder) (any, error){
 	"load":     part(runLoad),
+	"notice":   part(runNotice),
 	"snapshot": part(runSnapshot),
+	"start":    part(runStart),
 	"steps":    part(runSteps),
 	"tracker":  part(runTracker),
 	"tracked":  part(runTracked),

@@ -72,9 +72,22 @@ type tracer struct {
 // attachWithin is how long a tool may take to attach; bpftrace compiles first.
 const attachWithin = 20 * time.Second
 
-// start runs the tool with its output to stdout, or away where that is nil, and
-// returns once its programs run.
+// start launches the tool and returns once its programs run and it has done
+// what it does at its start.
 func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
+	r, err := t.launch(ctx, stdout)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(r.attached(ctx), r.settled()); err != nil {
+		_ = r.cmd.Process.Kill() // It may have ended by itself, which is then what err says.
+		return nil, err
+	}
+	return r, nil
+}
+
+// launch runs the tool with its output to stdout, or away where that is nil.
+func (t tool) launch(ctx context.Context, stdout *os.File) (*tracer, error) {
 	path, err := exec.LookPath(t.args[0])
 	if err != nil {
 		return nil, errors.New("not installed")
@@ -91,10 +104,6 @@ func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
 		return nil, err
 	}
 	go func() { r.ended <- r.cmd.Wait() }()
-	if err := errors.Join(r.attached(ctx), r.settled()); err != nil {
-		_ = r.cmd.Process.Kill() // It may have ended by itself, which is then what err says.
-		return nil, err
-	}
 	return r, nil
 }
 
