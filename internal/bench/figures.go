@@ -64,12 +64,26 @@ func interval(values []float64) (low, high float64) {
 	return sorted[rank(n/2-away)-1], sorted[rank(n/2+away)-1]
 }
 
-// figure renders a value, or the reason that there is none.
+// figure renders a value that is unknown where there is an error.
 func figure(err error, format string, args ...any) string {
 	if err != nil {
-		return err.Error()
+		return "?"
 	}
 	return fmt.Sprintf(format, args...)
+}
+
+// unmeasured is a row that says which contenders are out and why, if any are.
+func unmeasured(contenders []*contender) []row {
+	r := row{what: "not measured"}
+	for _, c := range contenders {
+		if c.err != nil {
+			r.beside = list(r.beside, c.name+" "+strings.Join(strings.FieldsFunc(c.err.Error(), func(r rune) bool { return r == '\n' || r == '|' }), " "))
+		}
+	}
+	if r.beside == "" {
+		return nil
+	}
+	return []row{r}
 }
 
 // times renders how many times a is b.

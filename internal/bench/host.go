@@ -26,11 +26,9 @@ const (
 
 // A tracedHost is what a host is like with a tool at work.
 type tracedHost struct {
-	name string
-	// made is a load with the tool at work.
-	made func() (loaded, error)
+	*contender
 	rare bool
-	err  error
+	made loaded // in the last round
 
 	rates, latencies []float64 // of each round: connections per second, µs p99
 	lost             []float64 // percent of connections per second, against no tracer in the same round
@@ -58,14 +56,12 @@ it, it is not known whether the bar is met. Latency is from connect() to the las
 	}
 	var lost losses
 	hosts := []*tracedHost{
-		{name: "no tracer", made: func() (loaded, error) { return makeLoad(ctx, full) }},
-		{name: "fintrace", made: func() (loaded, error) { return lost.add(ctx, s.binary, full) }},
-		{name: "empty program", made: with(attachEmpty)},
+		hostWith("no tracer", false, func() (loaded, error) { return makeLoad(ctx, full) }),
+		hostWith("fintrace", false, func() (loaded, error) { return lost.add(ctx, s.binary, full) }),
+		hostWith("empty program", false, with(attachEmpty)),
 	}
 	for _, t := range []tool{tcpstates, bccTcpstates, bpftrace} {
-		hosts = append(hosts, &tracedHost{name: t.name, rare: true, made: with(func() ([]*ebpf.Program, func() error, error) {
-			return attachTool(ctx, t)
-		})})
+		hosts = append(hosts, hostWith(t.name, true, with(func() ([]*ebpf.Program, func() error, error) { return attachTool(ctx, t) })))
 	}
 	for round := range hostRounds {
 		if err := hostRound(ctx, round, hosts); err != nil {
@@ -76,37 +72,39 @@ it, it is not known whether the bar is met. Latency is from connect() to the las
 	return found, nil
 }
 
+// hostWith is a host whose load is made by a function, with the tool at work.
+func hostWith(name string, rare bool, load func() (loaded, error)) *tracedHost {
+	h := &tracedHost{rare: rare}
+	h.contender = &contender{name: name, round: func() (err error) {
+		h.made, err = load()
+		return err
+	}}
+	return h
+}
+
 // hostRound measures each host that is due once.
 func hostRound(ctx context.Context, round int, hosts []*tracedHost) error {
-	type result struct {
-		host *tracedHost
-		made loaded
-	}
-	var results []result
+	var due []*contender
 	for i := range hosts {
-		h := hosts[(round+i)%len(hosts)]
-		if h.err != nil || h.rare && round%othersEvery != 0 {
+		if h := hosts[(round+i)%len(hosts)]; !h.rare || round%othersEvery == 0 {
+			due = append(due, h.contender)
+		}
+	}
+	if err := compete(ctx, 1, due); err != nil {
+		return err
+	}
+	free := hosts[0]
+	if free.err != nil {
+		return free.err
+	}
+	for _, h := range hosts {
+		if h.err != nil || !slices.Contains(due, h.contender) {
 			continue
 		}
-		made, err := h.made()
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if h.err = err; err != nil {
-			continue
-		}
-		h.rates = append(h.rates, made.perSecond())
-		h.latencies = append(h.latencies, float64(made.P99)/float64(time.Microsecond))
-		results = append(results, result{h, made})
-	}
-	none := slices.IndexFunc(results, func(r result) bool { return r.host == hosts[0] })
-	if none < 0 {
-		return hosts[0].err
-	}
-	free := results[none].made
-	for _, r := range results {
-		r.host.lost = append(r.host.lost, 100*(1-r.made.perSecond()/free.perSecond()))
-		r.host.slower = append(r.host.slower, 100*(float64(r.made.P99)/float64(free.P99)-1))
+		h.rates = append(h.rates, h.made.perSecond())
+		h.latencies = append(h.latencies, float64(h.made.P99)/float64(time.Microsecond))
+		h.lost = append(h.lost, 100*(1-h.made.perSecond()/free.made.perSecond()))
+		h.slower = append(h.slower, 100*(float64(h.made.P99)/float64(free.made.P99)-1))
 	}
 	return nil
 }
@@ -124,11 +122,15 @@ func hostRows(hosts []*tracedHost, lost losses) []row {
 		fintrace: figure(hosts[1].err, "%s", change(hosts[1].slower)),
 		beside:   fmt.Sprintf("no tracer %.0f µs", median(hosts[0].latencies)),
 	}
-	for _, h := range hosts[2:] {
-		rate.beside = list(rate.beside, h.name+" "+figure(h.err, "%s", change(h.lost)))
-		latency.beside = list(latency.beside, h.name+" "+figure(h.err, "%s", change(h.slower)))
+	var contenders []*contender
+	for _, h := range hosts {
+		contenders = append(contenders, h.contender)
+		if h.err == nil && h != hosts[0] && h != hosts[1] {
+			rate.beside = list(rate.beside, h.name+" "+change(h.lost))
+			latency.beside = list(latency.beside, h.name+" "+change(h.slower))
+		}
 	}
-	losing := row{what: "records lost meanwhile", bar: "0", met: unknown, fintrace: figure(hosts[1].err, "")}
+	losing := row{what: "records lost meanwhile", bar: "0", met: unknown, fintrace: "?"}
 	if hosts[1].err == nil {
 		if low, high := interval(hosts[1].lost); low > hostBar || high <= hostBar {
 			rate.met = meets(high <= hostBar)
@@ -138,7 +140,7 @@ func hostRows(hosts []*tracedHost, lost losses) []row {
 		losing.fintrace = fmt.Sprintf("%d for want of buffer, %d events skipped by the kernel, of %s connections",
 			lost.lost, lost.missed, spaced(lost.connections))
 	}
-	return []row{rate, latency, losing}
+	return append([]row{rate, latency, losing}, unmeasured(contenders)...)
 }
 
 // change renders differences in percent.

@@ -72,13 +72,16 @@ and a copied record for the others.`, "`bpf_stats`", spaced(kernelConnections), 
 	for _, k := range kinds {
 		found.rows = append(found.rows, kernelRow(k.name, all, func(t *traced) float64 { return k.of(t.steps) }))
 	}
+	found.rows = append(found.rows, unmeasured(contenders)...)
 	return found, nil
 }
 
 func kernelRow(what string, all []*traced, of func(*traced) float64) row {
-	r := row{what: what, ratio: times(of(all[1]), of(all[0])) + " empty", fintrace: figure(all[1].err, "%s", nanos(of(all[1])))}
+	r := row{what: what, ratio: times(of(all[1]), of(all[0])) + " empty", fintrace: nanos(of(all[1]))}
 	for _, t := range []*traced{all[0], all[2], all[3], all[4]} {
-		r.beside = list(r.beside, t.name+" "+figure(t.err, "%s", nanos(of(t))))
+		if t.err == nil {
+			r.beside = list(r.beside, t.name+" "+nanos(of(t)))
+		}
 	}
 	return r
 }

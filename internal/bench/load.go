@@ -185,8 +185,12 @@ func (c *connector) connect() (client, server int, err error) {
 
 func (c *connector) close() error { return unix.Close(c.listener) }
 
-// acknowledge sends the ACK of the peer's FIN now, which is else delayed.
+// acknowledge sends the ACK of the peer's FIN now, which is else delayed: only
+// the ACK of what has been read can be had at once.
 func acknowledge(fd int) error {
+	if n, err := unix.Read(fd, make([]byte, 1)); err != nil || n != 0 {
+		return fmt.Errorf("the peer's FIN is not there: %d bytes, error %v", n, err)
+	}
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1); err != nil {
 		return fmt.Errorf("TCP_QUICKACK: %w", err)
 	}

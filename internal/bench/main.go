@@ -54,6 +54,9 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) (err error) {
+	if len(args) > 1 && args[0] == withTracefs {
+		return runWithTracefs(args[1:])
+	}
 	if len(args) == 1 && !strings.HasPrefix(args[0], "-") {
 		return runPart(args[0])
 	}

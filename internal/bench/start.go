@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -22,14 +21,15 @@ const (
 	idleBar      = 0.1 // percent of a processor
 )
 
-// starting are the commands whose first output is waited for; fintrace's first.
-func starting(binary string) [][]string {
-	return [][]string{
-		{binary, "trace"},
-		{binary, "list"},
-		{"tcpstates"},
-		{"bpftrace", "-e", bpftraceScript},
-		{"ss", "-tan", "state", "fin-wait-2"},
+// starting are the tools whose first output is waited for; fintrace's first.
+func starting(binary string) []tool {
+	return []tool{
+		{name: "trace", args: []string{binary, "trace"}},
+		{name: "list", args: []string{binary, "list"}},
+		tcpstates,
+		bccTcpstates,
+		bpftrace,
+		{name: "ss", args: []string{"ss", "-tan", "state", "fin-wait-2"}},
 	}
 }
 
@@ -62,13 +62,14 @@ how often one of them went to sleep of its own accord, which is how often it was
 		if err != nil {
 			return found, err
 		}
+		tools := starting(s.binary)
 		var others string
-		for i, command := range starting(s.binary)[2:] {
-			others = list(others, command[0]+" "+times[2+i].String())
+		for i, t := range tools[2:] {
+			others = list(others, t.name+" "+times[2+i].String())
 		}
-		for i, command := range starting(s.binary)[:2] {
+		for i, t := range tools[:2] {
 			r := row{
-				what:     fmt.Sprintf("`fintrace %s`: start to first output, %s FIN_WAIT2 sockets there", command[1], spaced(n)),
+				what:     fmt.Sprintf("`fintrace %s`: start to first output, %s FIN_WAIT2 sockets there", t.name, spaced(n)),
 				bar:      "≤ " + startBar.String(),
 				met:      unknown,
 				fintrace: times[i].String(),
@@ -120,12 +121,12 @@ func runStart(r startRequest) (all []startTime, err error) {
 		defer func() { err = errors.Join(err, release()) }()
 	}
 	var contenders []*contender
-	commands := starting(r.Binary)
-	all = make([]startTime, len(commands))
-	for i, command := range commands {
+	tools := starting(r.Binary)
+	all = make([]startTime, len(tools))
+	for i, t := range tools {
 		var took []float64
-		contenders = append(contenders, &contender{name: command[0], round: func() error {
-			d, err := firstOutput(command)
+		contenders = append(contenders, &contender{name: t.name, round: func() error {
+			d, err := t.firstOutput()
 			took = append(took, float64(d))
 			all[i].First = time.Duration(median(took))
 			return err
@@ -142,18 +143,17 @@ func runStart(r startRequest) (all []startTime, err error) {
 	return all, nil
 }
 
-// firstOutput is how long it takes a command to write something.
-func firstOutput(command []string) (took time.Duration, err error) {
-	path, err := exec.LookPath(command[0])
+// firstOutput is how long it takes a tool to write something.
+func (t tool) firstOutput() (took time.Duration, err error) {
+	cmd, err := t.command(context.Background())
 	if err != nil {
-		return 0, errors.New("not installed")
+		return 0, err
 	}
 	out, in, err := os.Pipe()
 	if err != nil {
 		return 0, err
 	}
 	defer out.Close()
-	cmd := exec.Command(path, command[1:]...)
 	cmd.Stdout, cmd.Stderr = in, in
 	began := time.Now()
 	if err := errors.Join(cmd.Start(), in.Close()); err != nil {

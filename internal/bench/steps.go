@@ -11,8 +11,9 @@ import (
 )
 
 const (
-	stepConnections = 200
-	stepRepeats     = 5
+	// stepConnections: a step is over before the first of their delayed ACKs, 4 ms.
+	stepConnections = 50
+	stepRepeats     = 20
 	// stepAttempts: other connections of the host spoil a count now and then.
 	stepAttempts = 4 * stepRepeats
 )

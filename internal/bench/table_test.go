@@ -130,7 +130,7 @@ func TestInterval(t *testing.T) {
 // A tool that cannot run, or a bar that may or may not be met, must show as such.
 func TestHostVerdicts(t *testing.T) {
 	host := func(name string, err error, lost ...float64) *tracedHost {
-		return &tracedHost{name: name, err: err, rates: []float64{1000}, latencies: []float64{50}, lost: lost, slower: lost}
+		return &tracedHost{contender: &contender{name: name, err: err}, rates: []float64{1000}, latencies: []float64{50}, lost: lost, slower: lost}
 	}
 	for _, tt := range []struct {
 		name     string
@@ -144,12 +144,12 @@ func TestHostVerdicts(t *testing.T) {
 		{"not there", host("fintrace", errors.New("not installed")), losses{}, [2]verdict{unknown, unknown}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			rows := hostRows([]*tracedHost{host("no tracer", nil, 0), tt.fintrace, host("other", errors.New("cannot run"))}, tt.lost)
+			rows := hostRows([]*tracedHost{host("no tracer", nil, 0), tt.fintrace, host("other", errors.New("cannot\nrun"))}, tt.lost)
 			if got := [2]verdict{rows[0].met, rows[2].met}; got != tt.want {
 				t.Errorf("verdicts %v, want %v", got, tt.want)
 			}
-			if want := "no tracer 1000/s; other cannot run"; rows[0].beside != want {
-				t.Errorf("beside it %q, want %q", rows[0].beside, want)
+			if got, want := rows[3].beside, "other cannot run"; !strings.HasSuffix(got, want) {
+				t.Errorf("not measured: %q, want %q", got, want)
 			}
 		})
 	}

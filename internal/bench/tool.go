@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -34,6 +35,7 @@ type tool struct {
 	args []string
 	// compiles: at its start, against the kernel's headers.
 	compiles bool
+	tracefs  bool // it needs that
 }
 
 func fintrace(binary string, args ...string) tool {
@@ -56,9 +58,9 @@ func fintraceDaemon(binary string) (t tool, remove func() error, err error) {
 }
 
 var (
-	tcpstates    = tool{name: "tcpstates", args: []string{"tcpstates"}}
-	bccTcpstates = tool{name: "bcc's tcpstates", args: []string{"tcpstates-bpfcc"}, compiles: true}
-	bpftrace     = tool{name: "bpftrace histogram", args: []string{"bpftrace", "-e", bpftraceScript}}
+	tcpstates    = tool{name: "tcpstates", args: []string{"tcpstates"}, tracefs: true}
+	bccTcpstates = tool{name: "bcc's tcpstates", args: []string{"tcpstates-bpfcc"}, compiles: true, tracefs: true}
+	bpftrace     = tool{name: "bpftrace histogram", args: []string{"bpftrace", "-e", bpftraceScript}, tracefs: true}
 )
 
 // tracer is a tool at work.
@@ -79,7 +81,10 @@ func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(r.attached(ctx), r.settled()); err != nil {
+	if err = r.attached(ctx); err == nil {
+		err = r.settled()
+	}
+	if err != nil {
 		_ = r.cmd.Process.Kill() // It may have ended by itself, which is then what err says.
 		return nil, err
 	}
@@ -88,14 +93,11 @@ func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
 
 // launch runs the tool with its output to stdout, or away where that is nil.
 func (t tool) launch(ctx context.Context, stdout *os.File) (*tracer, error) {
-	path, err := exec.LookPath(t.args[0])
+	cmd, err := t.command(ctx)
 	if err != nil {
-		return nil, errors.New("not installed")
+		return nil, err
 	}
-	if t.compiles && !haveHeaders() {
-		return nil, errors.New("cannot run: no headers of this kernel to compile against")
-	}
-	r := &tracer{name: t.name, cmd: exec.CommandContext(ctx, path, t.args[1:]...), ended: make(chan error, 1)}
+	r := &tracer{name: t.name, cmd: cmd, ended: make(chan error, 1)}
 	if stdout != nil {
 		r.cmd.Stdout = stdout
 	}
@@ -105,6 +107,41 @@ func (t tool) launch(ctx context.Context, stdout *os.File) (*tracer, error) {
 	}
 	go func() { r.ended <- r.cmd.Wait() }()
 	return r, nil
+}
+
+// command is how the tool is run; the error says why it cannot be.
+func (t tool) command(ctx context.Context) (*exec.Cmd, error) {
+	path, err := exec.LookPath(t.args[0])
+	if err != nil {
+		return nil, errors.New("not installed")
+	}
+	if t.compiles && !haveHeaders() {
+		return nil, errors.New("cannot run: no headers of this kernel to compile against")
+	}
+	if !t.tracefs {
+		return exec.CommandContext(ctx, path, t.args[1:]...), nil
+	}
+	cmd := exec.CommandContext(ctx, self, append([]string{withTracefs, path}, t.args[1:]...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
+	return cmd, nil
+}
+
+// withTracefs is the word for runWithTracefs on the command line.
+const withTracefs = "with-tracefs"
+
+// runWithTracefs becomes a command that finds tracefs where it looks for it. It
+// has a mount namespace of its own: on the host all stays as it was.
+func runWithTracefs(command []string) error {
+	for _, m := range [][2]string{{"tracefs", "/sys/kernel/tracing"}, {"debugfs", "/sys/kernel/debug"}} {
+		var there unix.Statfs_t
+		if err := unix.Statfs(m[1], &there); err == nil && (there.Type == unix.TRACEFS_MAGIC || there.Type == unix.DEBUGFS_MAGIC) {
+			continue
+		}
+		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", m[0], err)
+		}
+	}
+	return unix.Exec(command[0], command, os.Environ())
 }
 
 // haveHeaders says whether bcc would find the headers of the running kernel.

@@ -79,7 +79,9 @@ ACK), the others are minisocks in FIN_WAIT2 for %s. What fintrace has tracked is
 		if !l.ours {
 			for i, c := range contenders[1:] {
 				other := &costs[1+i][n]
-				r.beside = list(r.beside, c.name+" "+figure(c.err, "%s", other))
+				if c.err == nil {
+					r.beside = list(r.beside, c.name+" "+other.String())
+				}
 			}
 			r.ratio = times(median(costs[1][n].cpu), median(ours.cpu)) + " less than tcpstates"
 		}
@@ -92,6 +94,7 @@ ACK), the others are minisocks in FIN_WAIT2 for %s. What fintrace has tracked is
 		}
 		found.rows = append(found.rows, r)
 	}
+	found.rows = append(found.rows, unmeasured(contenders)...)
 	tracked, err := inNamespace[trackedReply](ctx, "tracked", trackedRequest{s.binary})
 	if err != nil {
 		return found, err
