@@ -203,7 +203,8 @@ func runSnapshot(r snapshotRequest) (t snapshotTimes, err error) {
 			return t, fmt.Errorf("%s: %w", c.name, c.err)
 		}
 	}
-	t.PeakRSS, err = peakRSS(os.Getpid())
+	own, err := memoryOf(os.Getpid())
+	t.PeakRSS = own.Peak
 	return t, err
 }
 

@@ -21,6 +21,9 @@ const (
 	idleBar      = 0.1 // percent of a processor
 )
 
+// startingOurs is how many of starting are commands of fintrace.
+const startingOurs = 2
+
 // starting are the tools whose first output is waited for; fintrace's first.
 func starting(binary string) []tool {
 	return []tool{
@@ -44,43 +47,45 @@ type startTime struct {
 	Error string
 }
 
-func (t startTime) String() string {
-	if t.Error != "" {
-		return t.Error
-	}
-	return short(t.First)
-}
-
 func (s *suite) start(ctx context.Context) (section, error) {
 	found := section{name: "start", about: fmt.Sprintf(`
 From starting a command to the first byte that it writes to a pipe, %d rounds; the sockets that are there are in FIN_WAIT2, half
 of them held and half minisocks, beside their peers. Idle is for %s, after the start: processor time of all threads, and
 how often one of them went to sleep of its own accord, which is how often it was woken; what else the host does is in it.`,
 		startRounds, s.idle)}
+	tools := starting(s.binary)
+	out := make([]*contender, len(tools))
+	for i, t := range tools {
+		out[i] = &contender{name: t.name}
+	}
 	for _, n := range []int{0, startSockets} {
 		times, err := inNamespace[[]startTime](ctx, "start", startRequest{s.binary, n})
 		if err != nil {
 			return found, err
 		}
-		tools := starting(s.binary)
-		var others string
-		for i, t := range tools[2:] {
-			others = list(others, t.name+" "+times[2+i].String())
+		var beside string
+		for i, t := range times {
+			if t.Error != "" {
+				out[i].err = errors.New(t.Error)
+			} else if i >= startingOurs {
+				beside = list(beside, tools[i].name+" "+short(t.First))
+			}
 		}
-		for i, t := range tools[:2] {
+		for i, t := range tools[:startingOurs] {
 			r := row{
 				what:     fmt.Sprintf("`fintrace %s`: start to first output, %s FIN_WAIT2 sockets there", t.name, spaced(n)),
 				bar:      "≤ " + startBar.String(),
 				met:      unknown,
-				fintrace: times[i].String(),
-				beside:   others,
+				fintrace: figure(out[i].err, "%s", short(times[i].First)),
+				beside:   beside,
 			}
-			if times[i].Error == "" {
+			if out[i].err == nil {
 				r.met = meets(times[i].First <= startBar)
 			}
 			found.rows = append(found.rows, r)
 		}
 	}
+	found.rows = append(found.rows, unmeasured(out)...)
 	info, err := os.Stat(s.binary)
 	if err != nil {
 		return found, err

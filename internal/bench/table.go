@@ -58,10 +58,13 @@ var header = []string{"measure", "what", "ratio", "bar", "met", "fintrace", "bes
 
 const barColumn = 3
 
+// provenance begins the paragraph that says where the figures are from.
+const provenance = "Written by `make bench` "
+
 func (r *results) markdown() string {
 	var b strings.Builder
 	b.WriteString("# Benchmarks\n\n")
-	fmt.Fprintf(&b, "Written by `make bench` on %s in %s. Linux %s, %s.\nBeside it: libbpf-tools' and bcc's tcpstates, %s.\n\n",
+	fmt.Fprintf(&b, provenance+"on %s in %s. Linux %s, %s.\nBeside it: libbpf-tools' and bcc's tcpstates, %s.\n\n",
 		r.when.Format(time.DateOnly), r.took.Round(time.Second), r.kernel, r.cpu, strings.Join(r.versions, ", "))
 	b.WriteString("One run; all tools see the same load, in turns, and each figure is the median of its rounds.\n" +
 		"Compare the ratios: the absolute times are this machine's.\n\n")
@@ -108,7 +111,8 @@ const (
 	quoteEnd   = "<!-- end of the quotation -->\n"
 )
 
-// quote is the table of a text of results, those lines alone that have a bar.
+// quote is the table of a text of results, those lines alone that have a bar,
+// and where they are from.
 func quote(results string) string {
 	var rows [][]string
 	for line := range strings.Lines(results) {
@@ -129,6 +133,9 @@ func quote(results string) string {
 	}
 	var b strings.Builder
 	writeTable(&b, rows)
+	_, from, _ := strings.Cut(results, provenance)
+	from, _, _ = strings.Cut(from, "\n\n")
+	b.WriteString("\n" + provenance + from + "\n")
 	return b.String()
 }
 

@@ -35,7 +35,7 @@ func TestReadmeQuotes(t *testing.T) {
 }
 
 func TestQuote(t *testing.T) {
-	r := results{sections: []section{
+	r := results{kernel: "6.18", cpu: "2 × CPU", versions: []string{"ss 6.1"}, sections: []section{
 		{name: "one", rows: []row{
 			{what: "with a bar", ratio: "2 ×", bar: "≤ 1", met: meets(false), fintrace: "2 ns", beside: "other 1 ns"},
 			{what: "without one", fintrace: "3 ns"},
@@ -57,7 +57,8 @@ func TestQuote(t *testing.T) {
 |------------|-------|-----|--------|---------------|------------|
 | with a bar | 2 ×   | ≤ 1 | **no** | 2 ns          | other 1 ns |
 | not known  |       | 0   | ?      | not installed |            |
-` + quoteEnd + "after\n"
+
+` + "Written by `make bench` on 0001-01-01 in 0s. Linux 6.18, 2 × CPU.\nBeside it: libbpf-tools' and bcc's tcpstates, ss 6.1.\n" + quoteEnd + "after\n"
 	if string(got) != want {
 		t.Errorf("quoted\n%s\nwant\n%s", got, want)
 	}

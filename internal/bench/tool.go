@@ -268,21 +268,6 @@ func (r *tracer) cpu() (time.Duration, error) {
 	return time.Duration(ts.Nano()), nil
 }
 
-// peakRSS is the most memory that a process has had resident, in bytes.
-func peakRSS(pid int) (float64, error) {
-	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kB, err := strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 64)
-			return kB * 1024, err
-		}
-	}
-	return 0, fmt.Errorf("no VmHWM in the status of process %d", pid)
-}
-
 // cost is what BPF programs have had of the kernel's time.
 type cost struct {
 	runs uint64 // of the one that has run most: several may hang on one tracepoint
