@@ -65,7 +65,7 @@ func run(ctx context.Context, args []string) (err error) {
 	output := flags.String("o", "", "write the table to this file too, as Markdown")
 	quoted := flags.String("quote", "", "put the lines with a bar into this file, between its marks")
 	flags.StringVar(&s.binary, "fintrace", "", "measure this binary (default: built from the sources here)")
-	flags.DurationVar(&s.idle, "idle", 20*time.Second, "how long to watch it idle")
+	flags.DurationVar(&s.idle, "idle", 15*time.Second, "how long to watch it idle; 10m for what is rare")
 	only := flags.String("only", "", "run these of "+names(measures)+" alone")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -100,13 +100,10 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	r, err := s.measure(ctx, chosen)
-	if err != nil {
-		return err
-	}
 	text := r.markdown()
 	fmt.Print("\n" + text)
-	if *output == "" {
-		return nil
+	if *output == "" || err != nil {
+		return err
 	}
 	if err := os.WriteFile(*output, []byte(text), 0o644); err != nil {
 		return err
@@ -150,21 +147,27 @@ func choose(list string) ([]measure, error) {
 	return slices.DeleteFunc(slices.Clone(measures), func(m measure) bool { return !slices.Contains(wanted, m.name) }), nil
 }
 
-// measure runs the measures, saying on stderr what it is at.
+// measure runs the measures, saying on stderr what it is at. One that fails does
+// not keep the others from being measured.
 func (s *suite) measure(ctx context.Context, chosen []measure) (*results, error) {
 	r := &results{when: time.Now(), kernel: kernelRelease(), cpu: cpuName(), versions: versions(ctx)}
+	var failed error
 	for n, m := range chosen {
 		began := time.Now()
 		fmt.Fprintf(os.Stderr, "%d/%d %s ...", n+1, len(chosen), m.name)
 		section, err := m.run(s, ctx)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", m.name, err)
-		}
 		fmt.Fprintf(os.Stderr, " %s\n", time.Since(began).Round(time.Second))
+		if err != nil {
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", m.name, err))
+			section.rows = append(section.rows, row{what: "**failed**"})
+		}
 		r.sections = append(r.sections, section)
+		if ctx.Err() != nil {
+			break
+		}
 	}
 	r.took = time.Since(r.when)
-	return r, nil
+	return r, failed
 }
 
 func kernelRelease() string {
