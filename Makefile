@@ -45,9 +45,9 @@ lab: ## have real scenarios diagnosed, and print which has which finding (a minu
 	go test -c -o dist/lab.test ./cmd/fintrace
 	cd cmd/fintrace && $(SUDO) ../../dist/lab.test -test.run '^TestLab' -lab.matrix
 
-bench: build ## speed beside today's tools, as ratios, into BENCHMARKS.md (some minutes)
+bench: build ## speed beside today's tools, as ratios, into BENCHMARKS.md and what README.md quotes of it (10 minutes; ONLY=host,start for some, to look at)
 	go build -trimpath -o dist/bench ./internal/bench
-	$(SUDO) dist/bench -fintrace ./fintrace -o BENCHMARKS.md
+	$(SUDO) dist/bench -fintrace ./fintrace $(if $(ONLY),-only $(ONLY),-o BENCHMARKS.md -quote README.md)
 
 soak: ## the daemon under all the connections this machine can make, for DURATION (5m), and its cost
 	go test -c -o dist/soak.test ./cmd/fintrace

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"strings"
@@ -35,12 +36,16 @@ type load struct {
 	Close       string
 	Connections int
 	Duration    time.Duration
-	Rate        int // connections per second; 0: as many as go
+	Rate        int  // connections per second; 0: as many as go
+	Latency     bool // measure each
 }
 
 type loaded struct {
 	Connections int
 	Took        time.Duration
+	// P99 is of each connection's time from connect() to its last close(), without
+	// what the peer waits; 0: not measured.
+	P99 time.Duration
 }
 
 func (l loaded) perSecond() float64 { return float64(l.Connections) / l.Took.Seconds() }
@@ -52,8 +57,9 @@ func runLoad(l load) (loaded, error) {
 	}
 	workers := runtime.NumCPU()
 	type result struct {
-		connections int
-		err         error
+		worker *worker
+		made   int
+		err    error
 	}
 	results := make(chan result)
 	start := time.Now()
@@ -69,19 +75,26 @@ func runLoad(l load) (loaded, error) {
 		}
 		go func() {
 			made, err := w.run()
-			results <- result{made, err}
+			results <- result{&w, made, err}
 		}()
 	}
 	var (
-		sum loaded
-		err error
+		sum       loaded
+		latencies []float64
+		err       error
 	)
 	for range workers {
 		r := <-results
-		sum.Connections += r.connections
+		sum.Took = time.Since(start)
+		sum.Connections += r.made
+		for _, ns := range r.worker.latencies {
+			latencies = append(latencies, float64(ns))
+		}
 		err = errors.Join(err, r.err)
 	}
-	sum.Took = time.Since(start)
+	if l.Latency && err == nil {
+		sum.P99 = time.Duration(quantile(latencies, 0.99))
+	}
 	return sum, err
 }
 
@@ -172,8 +185,12 @@ func (c *connector) connect() (client, server int, err error) {
 
 func (c *connector) close() error { return unix.Close(c.listener) }
 
-// acknowledge sends the ACK of the peer's FIN now, which is else delayed.
+// acknowledge sends the ACK of the peer's FIN now, which is else delayed: only
+// the ACK of what has been read can be had at once.
 func acknowledge(fd int) error {
+	if n, err := unix.Read(fd, make([]byte, 1)); err != nil || n != 0 {
+		return fmt.Errorf("the peer's FIN is not there: %d bytes, error %v", n, err)
+	}
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1); err != nil {
 		return fmt.Errorf("TCP_QUICKACK: %w", err)
 	}
@@ -187,7 +204,8 @@ type worker struct {
 	start       time.Time
 	interval    time.Duration // between connections; 0: none
 
-	silent []silentPeer // the oldest first
+	silent    []silentPeer // the oldest first
+	latencies []uint32     // ns
 }
 
 // A silentPeer has had our FIN and has yet to send its own.
@@ -216,6 +234,7 @@ func (w *worker) run() (made int, err error) {
 			time.Sleep(max(due-now, time.Millisecond))
 			continue
 		}
+		began := time.Now()
 		client, server, err := c.connect()
 		if err != nil {
 			return made, err
@@ -228,12 +247,15 @@ func (w *worker) run() (made int, err error) {
 			if err := unix.Close(server); err != nil {
 				return made, err
 			}
-			continue
+		} else {
+			if err := acknowledge(server); err != nil {
+				return made, err
+			}
+			w.silent = append(w.silent, silentPeer{server, now + peerDelay})
 		}
-		if err := acknowledge(server); err != nil {
-			return made, err
+		if w.load.Latency {
+			w.latencies = append(w.latencies, uint32(min(time.Since(began), math.MaxUint32)))
 		}
-		w.silent = append(w.silent, silentPeer{server, now + peerDelay})
 	}
 	return made, nil
 }

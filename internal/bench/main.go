@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command bench measures fintrace beside the tools that people use today, in
-// one run and under the same load, against the budgets of its design. It must
-// run as root, at the top of the repository.
+// one run and under the same load, against the bar that it has set itself. It
+// must run as root; all that it makes is in network namespaces of its own.
 package main
 
 import (
@@ -14,12 +14,35 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// A measure is a part of the suite that can be run by itself.
+type measure struct {
+	name string
+	run  func(*suite, context.Context) (section, error)
+}
+
+var measures = []measure{
+	{"kernel", (*suite).kernel},
+	{"user", (*suite).userspace},
+	{"host", (*suite).host},
+	{"snapshot", (*suite).snapshot},
+	{"tracker", (*suite).tracker},
+	{"notice", (*suite).notice},
+	{"start", (*suite).start},
+}
+
+// suite is what the measures have in common.
+type suite struct {
+	binary string // of fintrace
+	idle   time.Duration
+}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -31,88 +54,120 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) (err error) {
+	if len(args) > 1 && args[0] == withTracefs {
+		return runWithTracefs(args[1:])
+	}
 	if len(args) == 1 && !strings.HasPrefix(args[0], "-") {
 		return runPart(args[0])
 	}
+	var s suite
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
-	output := flags.String("o", "", "write the tables to this file too, as Markdown")
-	binary := flags.String("fintrace", "", "measure this binary (default: built from the sources here)")
+	output := flags.String("o", "", "write the table to this file too, as Markdown")
+	quoted := flags.String("quote", "", "put the lines with a bar into this file, between its marks")
+	flags.StringVar(&s.binary, "fintrace", "", "measure this binary (default: built from the sources here)")
+	flags.DurationVar(&s.idle, "idle", 15*time.Second, "how long to watch it idle; 10m for what is rare")
+	only := flags.String("only", "", "run these of "+names(measures)+" alone")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return nil
 		}
 		return err
 	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("flags only, not %q", flags.Arg(0))
+	}
+	chosen, err := choose(*only)
+	if err != nil {
+		return err
+	}
+	if *only != "" && *output+*quoted != "" {
+		return errors.New("-only is to look at: -o and -quote are for the whole")
+	}
+	if *quoted != "" && *output == "" {
+		return errors.New("-quote quotes what -o writes")
+	}
 	if os.Geteuid() != 0 {
 		return errors.New("BPF programs and network namespaces need root: try sudo")
 	}
-	if *binary == "" {
+	if s.binary == "" {
 		dir, err := os.MkdirTemp("", "bench")
 		if err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-		*binary = filepath.Join(dir, "fintrace")
-		build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", *binary, "./cmd/fintrace")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		build.Stderr = os.Stderr
-		if err := build.Run(); err != nil {
-			return fmt.Errorf("build fintrace: %w", err)
+		if s.binary, err = build(ctx, dir); err != nil {
+			return err
 		}
 	}
-	f, err := measure(ctx, *binary)
-	if err != nil {
+	r, err := s.measure(ctx, chosen)
+	text := r.markdown()
+	fmt.Print("\n" + text)
+	if *output == "" || err != nil {
 		return err
 	}
-	text := f.markdown()
-	fmt.Print("\n" + text)
-	if *output == "" {
+	if err := os.WriteFile(*output, []byte(text), 0o644); err != nil {
+		return err
+	}
+	if *quoted == "" {
 		return nil
 	}
-	return os.WriteFile(*output, []byte(text), 0o644)
+	return quoteInto(*quoted, text)
 }
 
-// measure takes all figures, saying on stderr what it is at.
-func measure(ctx context.Context, binary string) (*figures, error) {
-	began := time.Now()
-	f := &figures{when: began, kernel: kernelRelease(), cpu: cpuName(), versions: versions(ctx)}
-	steps := []struct {
-		what string
-		run  func() error
-	}{
-		{"kernel time per transition", func() (err error) {
-			f.costs, err = measureKernel(ctx, binary)
-			return err
-		}},
-		{"userspace CPU", func() (err error) {
-			f.users, err = measureUserspace(ctx, binary)
-			return err
-		}},
-		{"connections per second", func() (err error) {
-			f.rates, f.losses, err = measureRate(ctx, binary)
-			return err
-		}},
-		{"snapshot", func() (err error) {
-			f.snapshot, err = inNamespace[snapshotTimes](ctx, "snapshot", snapshotRequest{binary, snapshotSockets})
-			return err
-		}},
-		{"table", func() (err error) {
-			f.table, err = inNamespace[tableCost](ctx, "memory", memoryRequest{memoryConnections})
-			return err
-		}},
-		{"notices", func() (err error) {
-			f.latencies, err = inNamespace[latencies](ctx, "latency", latencyRequest{binary})
-			return err
-		}},
+func build(ctx context.Context, dir string) (binary string, err error) {
+	binary = filepath.Join(dir, "fintrace")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", binary, "./cmd/fintrace")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("build fintrace: %w", err)
 	}
-	for n, s := range steps {
-		fmt.Fprintf(os.Stderr, "%d/%d %s\n", n+1, len(steps), s.what)
-		if err := s.run(); err != nil {
-			return nil, fmt.Errorf("%s: %w", s.what, err)
+	return binary, nil
+}
+
+func names(of []measure) string {
+	var all []string
+	for _, m := range of {
+		all = append(all, m.name)
+	}
+	return strings.Join(all, ",")
+}
+
+// choose returns the measures of a list of names, all for none.
+func choose(list string) ([]measure, error) {
+	if list == "" {
+		return measures, nil
+	}
+	wanted := strings.Split(list, ",")
+	for _, name := range wanted {
+		if !slices.ContainsFunc(measures, func(m measure) bool { return m.name == name }) {
+			return nil, fmt.Errorf("the measures are %s, not %q", names(measures), name)
 		}
 	}
-	f.took = time.Since(began)
-	return f, nil
+	return slices.DeleteFunc(slices.Clone(measures), func(m measure) bool { return !slices.Contains(wanted, m.name) }), nil
+}
+
+// measure runs the measures, saying on stderr what it is at. One that fails does
+// not keep the others from being measured.
+func (s *suite) measure(ctx context.Context, chosen []measure) (*results, error) {
+	r := &results{when: time.Now(), kernel: kernelRelease(), cpu: cpuName(), versions: versions(ctx)}
+	var failed error
+	for n, m := range chosen {
+		began := time.Now()
+		fmt.Fprintf(os.Stderr, "%d/%d %s ...", n+1, len(chosen), m.name)
+		section, err := m.run(s, ctx)
+		fmt.Fprintf(os.Stderr, " %s\n", time.Since(began).Round(time.Second))
+		if err != nil {
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", m.name, err))
+			section.rows = append(section.rows, row{what: "**failed**"})
+		}
+		r.sections = append(r.sections, section)
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	r.took = time.Since(r.when)
+	return r, failed
 }
 
 func kernelRelease() string {
@@ -125,7 +180,7 @@ func kernelRelease() string {
 
 // versions are those of the tools that say theirs.
 func versions(ctx context.Context) []string {
-	found := []string{"libbpf-tools tcpstates"}
+	var found []string
 	for _, command := range [][]string{{"bpftrace", "--version"}, {"ss", "-V"}} {
 		out, err := exec.CommandContext(ctx, command[0], command[1:]...).Output()
 		if err != nil {

@@ -22,10 +22,12 @@ import (
 // connections, ends with it.
 var parts = map[string]func(*json.Decoder) (any, error){
 	"load":     part(runLoad),
-	"hold":     part(runHold),
+	"notice":   part(runNotice),
 	"snapshot": part(runSnapshot),
-	"latency":  part(runLatency),
-	"memory":   part(runMemory),
+	"start":    part(runStart),
+	"steps":    part(runSteps),
+	"tracker":  part(runTracker),
+	"tracked":  part(runTracked),
 }
 
 // self is this very program, also where another has taken its path.
@@ -43,6 +45,9 @@ func part[Request, Reply any](fn func(Request) (Reply, error)) func(*json.Decode
 
 // runPart is main for a part.
 func runPart(name string) error {
+	if name == "hold" {
+		return runHold(json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout))
+	}
 	fn, ok := parts[name]
 	if !ok {
 		return fmt.Errorf("there is no part %q", name)
@@ -73,37 +78,6 @@ func inNamespace[Reply any](ctx context.Context, name string, request any) (repl
 	}
 	return reply, json.Unmarshal(out.Bytes(), &reply)
 }
-
-// A holder is a part that stays, in the caller's namespace.
-type holder struct {
-	cmd *exec.Cmd
-	in  io.Closer
-}
-
-func startHolder(request holdRequest) (_ *holder, err error) {
-	cmd := exec.Command(self, "hold")
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	h := &holder{cmd, in}
-	var reply held
-	if err := errors.Join(json.NewEncoder(in).Encode(request), json.NewDecoder(out).Decode(&reply)); err != nil {
-		return nil, errors.Join(fmt.Errorf("hold: %w", err), h.Close())
-	}
-	return h, nil
-}
-
-// Close ends the part, and with it what it holds.
-func (h *holder) Close() error { return errors.Join(h.in.Close(), h.cmd.Wait()) }
 
 func makeLoad(ctx context.Context, l load) (loaded, error) {
 	return inNamespace[loaded](ctx, "load", l)

@@ -4,6 +4,8 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -18,155 +20,220 @@ import (
 )
 
 const (
-	snapshotSockets = 50_000
-	snapshotRounds  = 5
+	snapshotRounds = 5
+	snapshotBar    = 4 // times as fast as ss
+	snapshotBarAt  = 50_000
+	snapshotFew    = 1_000
+	// What the reader may take more of memory for 249 000 sockets more: less
+	// than 9 bytes for each, which a table of them could not do.
+	readerSlack = 2 << 20
 )
+
+// snapshotSizes are numbers of connections in FIN_WAIT2, half of them held and
+// half minisocks, each beside its peer in CLOSE_WAIT.
+var snapshotSizes = []int{snapshotFew, snapshotBarAt, 250_000}
+
+// snapshotOthers are sockets that are not in FIN_WAIT2, beside snapshotFew that are.
+var snapshotOthers = []others{
+	{"established", 100_000},
+	{"established", 300_000},
+	{"time-wait", 100_000},
+	{"time-wait", 300_000},
+	{"time-wait, watched", 300_000},
+}
+
+type others struct {
+	Kind   string
+	Number int
+}
 
 type snapshotRequest struct {
 	Binary  string
 	Sockets int
+	Others  others
+	List    bool // measure `fintrace list` too
 }
 
 // snapshotTimes are those of one look at all connections in FIN_WAIT2.
 type snapshotTimes struct {
-	Walk, List time.Duration // the probe's walk alone; fintrace list as a command
-	SS         time.Duration
-	SSError    string
-	ProcNetTCP time.Duration
+	Walk     taken   // fintrace's, of all namespaces
+	PeakRSS  float64 // bytes, of the process that walks
+	List     taken   // `fintrace list` as a command; zero: not measured
+	SS       taken
+	SSError  string
+	ProcFile taken // reading /proc/net/tcp
 }
 
-// runSnapshot is the part that looks at many connections in FIN_WAIT2, half of
-// them held and half minisocks, beside as many in CLOSE_WAIT: their peers.
-func runSnapshot(r snapshotRequest) (snapshotTimes, error) {
-	var times snapshotTimes
+// taken is what something took, by the clock and of the processors.
+type taken struct{ Wall, CPU time.Duration }
+
+func (t taken) String() string { return fmt.Sprintf("%s (CPU %s)", short(t.Wall), short(t.CPU)) }
+
+func (s *suite) snapshot(ctx context.Context) (section, error) {
+	found := section{name: "snapshot", about: fmt.Sprintf(`
+Connections in FIN_WAIT2, half of them held and half minisocks, beside as many peers in CLOSE_WAIT, in a network namespace
+of their own; %d rounds. fintrace's figure is the walk of all namespaces by its own probe; ss is %s, and /proc/net/tcp
+is read and not parsed. The others: established connections (both ends count), TIME_WAIT minisocks from before fintrace, and
+such as it has watched for less than 30 s, whose ends it has to look at.`, snapshotRounds, "`ss -tan state fin-wait-2`")}
+	var few, many snapshotTimes
+	for _, n := range snapshotSizes {
+		t, err := inNamespace[snapshotTimes](ctx, "snapshot", snapshotRequest{
+			Binary: s.binary, Sockets: n, List: n == snapshotBarAt,
+		})
+		if err != nil {
+			return found, err
+		}
+		r := t.row(fmt.Sprintf("snapshot of %s FIN_WAIT2 sockets among as many others", spaced(n)))
+		if n == snapshotBarAt {
+			r.bar, r.met = fmt.Sprintf("≥ %d × as fast as ss", snapshotBar), t.meets()
+		}
+		found.rows = append(found.rows, r)
+		if t.List.Wall > 0 {
+			found.rows = append(found.rows, row{
+				what:     "the same as `fintrace list -o json`, start to end, with owners and limits",
+				ratio:    t.against(t.List),
+				fintrace: t.List.String(),
+			})
+		}
+		if n == snapshotFew {
+			few = t
+		}
+		many = t
+	}
+	found.rows = append(found.rows, row{
+		what:     fmt.Sprintf("peak memory of what reads %s FIN_WAIT2 sockets", spaced(snapshotSizes[len(snapshotSizes)-1])),
+		ratio:    times(many.PeakRSS, few.PeakRSS) + " that for " + spaced(snapshotFew),
+		bar:      "independent of their number",
+		met:      meets(many.PeakRSS-few.PeakRSS <= readerSlack),
+		fintrace: mebibytes(many.PeakRSS) + ", and for " + spaced(snapshotFew) + " " + mebibytes(few.PeakRSS),
+	})
+	for _, o := range snapshotOthers {
+		t, err := inNamespace[snapshotTimes](ctx, "snapshot", snapshotRequest{Binary: s.binary, Sockets: snapshotFew, Others: o})
+		if err != nil {
+			return found, err
+		}
+		found.rows = append(found.rows, t.row(fmt.Sprintf("snapshot of %s among %s %s", spaced(snapshotFew), spaced(o.Number), o.Kind)))
+	}
+	return found, nil
+}
+
+func (t *snapshotTimes) row(what string) row {
+	return row{
+		what:     what,
+		ratio:    t.against(t.Walk),
+		fintrace: t.Walk.String(),
+		beside: list("ss "+cmp.Or(t.SSError, t.SS.String()),
+			"/proc/net/tcp "+t.ProcFile.String()),
+	}
+}
+
+// against compares a time with that of ss.
+func (t *snapshotTimes) against(other taken) string {
+	if t.SSError != "" {
+		return "?"
+	}
+	return times(float64(t.SS.Wall), float64(other.Wall)) + " as fast as ss"
+}
+
+func (t *snapshotTimes) meets() verdict {
+	if t.SSError != "" {
+		return unknown
+	}
+	return meets(t.SS.Wall >= snapshotBar*t.Walk.Wall)
+}
+
+// runSnapshot is the part that looks at the sockets; other processes have them.
+func runSnapshot(r snapshotRequest) (t snapshotTimes, err error) {
 	if err := prepareNamespace(); err != nil {
-		return times, err
+		return t, err
 	}
-	release, err := fill(r.Sockets)
-	if err != nil {
-		return times, err
-	}
-	defer release()
 	p, err := probe.Open(probe.Options{})
 	if err != nil {
-		return times, err
+		return t, err
 	}
 	defer p.Close()
+	if r.Others.Kind == "time-wait, watched" {
+		// Nobody reads the records, of which a healthy close makes none.
+		if err := p.Attach(); err != nil {
+			return t, err
+		}
+	}
+	// Minisocks in FIN_WAIT2 stay for 60 s: they come last.
+	release, err := fill(holdRequest{Others: r.Others}, holdRequest{Held: r.Sockets / 2}, holdRequest{Minisocks: r.Sockets - r.Sockets/2})
+	if err != nil {
+		return t, err
+	}
+	defer func() { err = errors.Join(err, release()) }()
 
 	listing, ssing := []string{"list", "-o", "json"}, []string{"-tan", "state", "fin-wait-2"}
-	if err := shows(r.Sockets, r.Binary, listing...); err != nil {
-		return times, err
-	}
 	if err := shows(r.Sockets, "ss", ssing...); err != nil {
-		times.SSError = err.Error()
+		t.SSError = err.Error()
 	}
-	var walk, list, ss, proc []float64
-	for range snapshotRounds {
-		began := time.Now()
-		found := 0
-		if _, err := p.Snapshot(func(func(uint64)) {}, func(sockets []events.Socket) {
-			for i := range sockets {
-				if sockets[i].State == events.FinWait2 {
-					found++
+	contenders := []*contender{
+		timed("walk", &t.Walk, func() error {
+			found := 0
+			_, err := p.Snapshot(nothingKnown, func(sockets []events.Socket) {
+				for i := range sockets {
+					if sockets[i].State == events.FinWait2 {
+						found++
+					}
 				}
+			})
+			if err == nil && found < r.Sockets {
+				err = fmt.Errorf("the snapshot shows %d of %d connections", found, r.Sockets)
 			}
-		}); err != nil {
-			return times, err
-		}
-		walk = append(walk, float64(time.Since(began)))
-		if found < r.Sockets {
-			return times, fmt.Errorf("the snapshot shows %d of %d connections", found, r.Sockets)
-		}
-
-		took, err := timed(r.Binary, listing...)
-		if err != nil {
-			return times, err
-		}
-		list = append(list, took)
-
-		if times.SSError == "" {
-			took, err := timed("ss", ssing...)
-			if err != nil {
-				return times, err
-			}
-			ss = append(ss, took)
-		}
-
-		began = time.Now()
-		if err := readProc(); err != nil {
-			return times, err
-		}
-		proc = append(proc, float64(time.Since(began)))
+			return err
+		}),
+		timed("/proc/net/tcp", &t.ProcFile, readProc),
 	}
-	times.Walk, times.List = time.Duration(median(walk)), time.Duration(median(list))
-	times.ProcNetTCP = time.Duration(median(proc))
-	if times.SSError == "" {
-		times.SS = time.Duration(median(ss))
+	if t.SSError == "" {
+		contenders = append(contenders, timed("ss", &t.SS, command("ss", ssing...)))
 	}
-	return times, nil
+	if r.List {
+		if err := shows(r.Sockets, r.Binary, listing...); err != nil {
+			return t, err
+		}
+		contenders = append(contenders, timed("list", &t.List, command(r.Binary, listing...)))
+	}
+	if err := compete(context.Background(), snapshotRounds, contenders); err != nil {
+		return t, err
+	}
+	for _, c := range contenders {
+		if c.err != nil {
+			return t, fmt.Errorf("%s: %w", c.name, c.err)
+		}
+	}
+	own, err := memoryOf(os.Getpid())
+	t.PeakRSS = own.Peak
+	return t, err
 }
 
-// fill makes connections and leaves them in FIN_WAIT2, by as many processes as
-// it takes: each may have only so many files open.
-func fill(n int) (release func(), err error) {
-	var files unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
-		return nil, fmt.Errorf("read the limit of open files: %w", err)
-	}
-	var holders []io.Closer
-	release = func() {
-		for _, h := range holders {
-			h.Close()
-		}
-	}
-	const others = 100                        // files that are not sockets
-	each := min((int(files.Max)-others)/2, n) // a held connection takes two
-	for number := 0; n > 0; number, n = number+1, n-each {
-		h, err := startHolder(holdRequest{Number: number, Sockets: min(each, n)})
-		if err != nil {
-			release()
-			return nil, err
-		}
-		holders = append(holders, h)
-	}
-	return release, nil
+// timed is a contender whose median of all rounds is always in result.
+func timed(name string, result *taken, do func() error) *contender {
+	var wall, cpu []float64
+	return &contender{name: name, round: func() error {
+		began, spent := time.Now(), processorTime()
+		err := do()
+		wall, cpu = append(wall, float64(time.Since(began))), append(cpu, float64(processorTime()-spent))
+		*result = taken{time.Duration(median(wall)), time.Duration(median(cpu))}
+		return err
+	}}
 }
 
-type holdRequest struct{ Number, Sockets int }
-
-type held struct{}
-
-// runHold is the part that has connections in FIN_WAIT2. Minisocks stay for
-// tcp_fin_timeout, 60 s: long enough.
-func runHold(r holdRequest) (held, error) {
-	c, err := newConnector(r.Number)
-	if err != nil {
-		return held{}, err
+// processorTime is what this process and those that it has waited for have had.
+func processorTime() (sum time.Duration) {
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var used unix.Rusage
+		// Cannot fail: it is for this process, into memory of its own.
+		_ = unix.Getrusage(who, &used)
+		sum += time.Duration(used.Utime.Nano() + used.Stime.Nano())
 	}
-	for i := range r.Sockets {
-		client, server, err := c.connect()
-		if err != nil {
-			return held{}, err
-		}
-		if i%2 == 0 {
-			err = unix.Close(client)
-		} else {
-			err = unix.Shutdown(client, unix.SHUT_WR)
-		}
-		if err := errors.Join(err, acknowledge(server)); err != nil {
-			return held{}, err
-		}
-	}
-	return held{}, nil
+	return sum
 }
 
-// timed is how many nanoseconds a command takes, its output thrown away.
-func timed(name string, args ...string) (float64, error) {
-	began := time.Now()
-	if err := exec.Command(name, args...).Run(); err != nil {
-		return 0, fmt.Errorf("%s: %w", name, err)
-	}
-	return float64(time.Since(began)), nil
+// command is a command with its output thrown away.
+func command(name string, args ...string) func() error {
+	return func() error { return exec.Command(name, args...).Run() }
 }
 
 // shows checks that a command prints a line for each connection.
@@ -202,3 +269,6 @@ func readProc() error {
 	_, err = io.Copy(io.Discard, f)
 	return err
 }
+
+// nothingKnown is for a look that follows no connection.
+func nothingKnown(func(uint64)) {}

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -32,15 +33,34 @@ tracepoint:sock:inet_sock_set_state /args->oldstate == 5 && @start[args->skaddr]
 type tool struct {
 	name string
 	args []string
+	// compiles: at its start, against the kernel's headers.
+	compiles bool
+	tracefs  bool // it needs that
 }
 
 func fintrace(binary string, args ...string) tool {
-	return tool{"fintrace", append([]string{binary, "trace"}, args...)}
+	return tool{name: "fintrace", args: append([]string{binary, "trace"}, args...)}
+}
+
+// fintraceDaemon is the daemon with a configuration that leaves the host alone.
+func fintraceDaemon(binary string) (t tool, remove func() error, err error) {
+	f, err := os.CreateTemp("", "bench*.yaml")
+	if err != nil {
+		return t, nil, err
+	}
+	_, err = f.WriteString("alerts: {state_file: \"\"}\nweb: {listen: []}\n")
+	remove = func() error { return os.Remove(f.Name()) }
+	t = tool{name: "fintrace daemon", args: []string{binary, "daemon", "--config", f.Name()}}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return t, nil, errors.Join(err, remove())
+	}
+	return t, remove, nil
 }
 
 var (
-	tcpstates = tool{"tcpstates", []string{"tcpstates"}}
-	bpftrace  = tool{"bpftrace", []string{"bpftrace", "-e", bpftraceScript}}
+	tcpstates    = tool{name: "tcpstates", args: []string{"tcpstates"}, tracefs: true}
+	bccTcpstates = tool{name: "bcc's tcpstates", args: []string{"tcpstates-bpfcc"}, compiles: true, tracefs: true}
+	bpftrace     = tool{name: "bpftrace histogram", args: []string{"bpftrace", "-e", bpftraceScript}, tracefs: true}
 )
 
 // tracer is a tool at work.
@@ -54,14 +74,30 @@ type tracer struct {
 // attachWithin is how long a tool may take to attach; bpftrace compiles first.
 const attachWithin = 20 * time.Second
 
-// start runs the tool with its output to stdout, or away where that is nil, and
-// returns once its programs run.
+// start launches the tool and returns once its programs run and it has done
+// what it does at its start.
 func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
-	path, err := exec.LookPath(t.args[0])
+	r, err := t.launch(ctx, stdout)
 	if err != nil {
-		return nil, errors.New("not installed")
+		return nil, err
 	}
-	r := &tracer{name: t.name, cmd: exec.CommandContext(ctx, path, t.args[1:]...), ended: make(chan error, 1)}
+	if err = r.attached(ctx); err == nil {
+		err = r.settled()
+	}
+	if err != nil {
+		_ = r.cmd.Process.Kill() // It may have ended by itself, which is then what err says.
+		return nil, err
+	}
+	return r, nil
+}
+
+// launch runs the tool with its output to stdout, or away where that is nil.
+func (t tool) launch(ctx context.Context, stdout *os.File) (*tracer, error) {
+	cmd, err := t.command(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r := &tracer{name: t.name, cmd: cmd, ended: make(chan error, 1)}
 	if stdout != nil {
 		r.cmd.Stdout = stdout
 	}
@@ -70,11 +106,52 @@ func (t tool) start(ctx context.Context, stdout *os.File) (*tracer, error) {
 		return nil, err
 	}
 	go func() { r.ended <- r.cmd.Wait() }()
-	if err := errors.Join(r.attached(ctx), r.settled()); err != nil {
-		_ = r.cmd.Process.Kill() // It may have ended by itself, which is then what err says.
-		return nil, err
-	}
 	return r, nil
+}
+
+// command is how the tool is run; the error says why it cannot be.
+func (t tool) command(ctx context.Context) (*exec.Cmd, error) {
+	path, err := exec.LookPath(t.args[0])
+	if err != nil {
+		return nil, errors.New("not installed")
+	}
+	if t.compiles && !haveHeaders() {
+		return nil, errors.New("cannot run: no headers of this kernel to compile against")
+	}
+	if !t.tracefs {
+		return exec.CommandContext(ctx, path, t.args[1:]...), nil
+	}
+	cmd := exec.CommandContext(ctx, self, append([]string{withTracefs, path}, t.args[1:]...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
+	return cmd, nil
+}
+
+// withTracefs is the word for runWithTracefs on the command line.
+const withTracefs = "with-tracefs"
+
+// runWithTracefs becomes a command that finds tracefs where it looks for it. It
+// has a mount namespace of its own: on the host all stays as it was.
+func runWithTracefs(command []string) error {
+	for _, m := range [][2]string{{"tracefs", "/sys/kernel/tracing"}, {"debugfs", "/sys/kernel/debug"}} {
+		var there unix.Statfs_t
+		if err := unix.Statfs(m[1], &there); err == nil && (there.Type == unix.TRACEFS_MAGIC || there.Type == unix.DEBUGFS_MAGIC) {
+			continue
+		}
+		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", m[0], err)
+		}
+	}
+	return unix.Exec(command[0], command, os.Environ())
+}
+
+// haveHeaders says whether bcc would find the headers of the running kernel.
+func haveHeaders() bool {
+	for _, path := range []string{"/lib/modules/" + kernelRelease() + "/build", "/sys/kernel/kheaders.tar.xz"} {
+		if _, err := os.Stat(path); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // attached waits until a connection has made the tool's programs run.
@@ -191,19 +268,27 @@ func (r *tracer) cpu() (time.Duration, error) {
 	return time.Duration(ts.Nano()), nil
 }
 
-// peakRSS is the most memory it has had resident, in bytes.
-func (r *tracer) peakRSS() (float64, error) {
-	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(r.cmd.Process.Pid), "status"))
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kB, err := strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 64)
-			return kB * 1024, err
+// cost is what BPF programs have had of the kernel's time.
+type cost struct {
+	runs uint64 // of the one that has run most: several may hang on one tracepoint
+	time time.Duration
+}
+
+func (c cost) less(before cost) cost { return cost{c.runs - before.runs, c.time - before.time} }
+
+func (c cost) perRun() float64 { return float64(c.time) / float64(c.runs) }
+
+func costOf(programs []*ebpf.Program) (cost, error) {
+	var sum cost
+	for _, p := range programs {
+		s, err := p.Stats()
+		if err != nil {
+			return sum, fmt.Errorf("statistics of a BPF program: %w", err)
 		}
+		sum.runs = max(sum.runs, s.RunCount)
+		sum.time += s.Runtime
 	}
-	return 0, fmt.Errorf("no VmHWM in the status of %s", r.name)
+	return sum, nil
 }
 
 // stop ends the tool as Ctrl-C does.
