@@ -490,6 +490,7 @@ int snapshot(struct bpf_iter__tcp *ctx)
 enum {
 	ROWS = 2048,
 	CHAINS = 8192,
+	MINISOCKS = 4 * CHAINS,
 	KNOWN_BITS = 1 << 22,
 	LISTENING_NULLS_BASE = 1 << 29, /* include/net/inet_hashtables.h */
 };
@@ -520,7 +521,7 @@ struct scratch {
 	__u64 node[CHAINS]; /* where each chain is */
 	__u64 end[CHAINS];  /* what it ends with */
 	__u64 socket[ROWS];
-	__u64 minisock[CHAINS];
+	__u64 minisock[MINISOCKS];
 };
 
 /*
@@ -600,7 +601,7 @@ static long step_chain(__u64 i, struct walker *w)
 
 	if (i >= CHAINS || left >= CHAINS)
 		return 1;
-	if (sockets >= ROWS || minisocks >= CHAINS) {
+	if (sockets >= ROWS || minisocks >= MINISOCKS) {
 		w->batch->full = 1;
 		return 1;
 	}
@@ -640,7 +641,7 @@ static long pick_minisock(__u64 i, struct walker *w)
 	__u32 picked = s->picked;
 	__u64 cookie, known;
 
-	if (i >= CHAINS || picked >= CHAINS)
+	if (i >= MINISOCKS || picked >= MINISOCKS)
 		return 1;
 	tw = AT(struct inet_timewait_sock, s->minisock[i]);
 	cookie = tw->__tw_common.skc_cookie.counter;
@@ -707,7 +708,7 @@ static long show_minisock(__u64 i, struct walker *w)
 	struct row *r;
 
 	r = next_row(w->batch);
-	if (!r || i >= CHAINS)
+	if (!r || i >= MINISOCKS)
 		return 1;
 	tw = AT(struct inet_timewait_sock, w->scratch->minisock[i]);
 	describe(r, &tw->__tw_common, tw->__tw_common.skc_cookie.counter, &w->now);

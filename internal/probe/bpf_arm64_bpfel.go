@@ -121,7 +121,7 @@ type bpfScratch struct {
 	Node      [8192]uint64
 	End       [8192]uint64
 	Socket    [2048]uint64
-	Minisock  [8192]uint64
+	Minisock  [32768]uint64
 }
 
 // Names of all BPF objects in the ELF.

@@ -35,7 +35,7 @@ func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.
 		return cov, err
 	}
 	l := look{Probe: p, spaces: &spaces, lookup: Lookup{spaces: &spaces}, fn: fn,
-		tables: map[uint64]bool{}, strangers: map[uint32]bool{}}
+		tables: map[uint64]bool{}, strangers: map[uint32]bool{}, sockets: make([]events.Socket, 0, mostRows)}
 	defer l.lookup.Close()
 	if err := l.begin(known, cov.Begin); err != nil {
 		return cov, err

@@ -29,6 +29,7 @@ type walker struct {
 
 const (
 	mostChains = uint32(len(bpfScratch{}.Node))
+	mostRows   = uint32(len(bpfBatch{}.Rows))
 	knownBits  = uint64(len(bpfKnown{}.Bits)) * 64
 	// walkTries is how often a part of a table is walked whose sockets move:
 	// to see one twice, or not the one that came meanwhile, is what any walk does.
@@ -133,7 +134,9 @@ func (w *walker) walk(fn func([]bpfRow)) error {
 				break
 			}
 			w.batch.Begin, tries = w.batch.End, 0
-			w.chains = min(w.chains+w.chains/4+1, mostChains)
+			if w.batch.Filled < mostRows/2 {
+				w.chains = min(2*w.chains, mostChains)
+			}
 		}
 	}
 	return nil
