@@ -17,6 +17,7 @@ enum {
 	TCP_TIMEWAIT_SECONDS = 60, /* TCP_TIMEWAIT_LEN, include/net/tcp.h */
 	COMM_LEN = 16,
 	CLOSERS = 1 << 15,
+	SOCKET_BYTES = 1 << 11, /* no more than a struct tcp_sock has */
 };
 
 struct config {
@@ -159,10 +160,25 @@ static __always_inline void read_closer(struct closer *c, const struct sock *sk)
 	c->sk = (__u64)sk;
 }
 
-/* A socket has two slots to choose from. */
+/*
+ * The lower half of an address. Of a pointer's bits the verifier lets a program
+ * see the 32-bit difference alone (adjust_ptr_min_max_vals(), kernel/bpf/verifier.c).
+ */
+static __always_inline __u32 low_half(const void *pointer)
+{
+	__u32 half;
+
+	asm("r0 = %1; w0 -= 0; %0 = r0" : "=r"(half) : "r"(pointer) : "r0");
+	return half;
+}
+
+/*
+ * A socket has two slots to choose from, by its address: memory that is used
+ * again, the most recent first, has slots that are still in the caches.
+ */
 static __always_inline struct closer *closer_slot(const struct sock *sk, __u32 way)
 {
-	__u32 slot = (sk->__sk_common.skc_hash % CLOSERS) ^ way;
+	__u32 slot = (low_half(sk) / SOCKET_BYTES % CLOSERS) ^ way;
 
 	return bpf_map_lookup_elem(&closers, &slot);
 }
@@ -181,14 +197,20 @@ static __always_inline void note_closer(const struct sock *sk)
 		read_closer(slot, sk);
 }
 
-/* Frees the slot of sk, having copied it. The checksum catches two CPUs in one slot. */
-static __always_inline bool take_closer(struct closer *c, const struct sock *sk)
+/* The slot of sk, if it has one. */
+static __always_inline struct closer *find_closer(const struct sock *sk)
 {
 	struct closer *slot = closer_slot(sk, 0);
 
 	if (slot && slot->sk != (__u64)sk)
 		slot = closer_slot(sk, 1);
-	if (!slot || slot->sk != (__u64)sk)
+	return slot && slot->sk == (__u64)sk ? slot : NULL;
+}
+
+/* Frees the slot, having copied it. The checksum catches two CPUs in one slot. */
+static __always_inline bool take_closer(struct closer *c, struct closer *slot)
+{
+	if (!slot)
 		return false;
 	*c = *slot;
 	slot->sk = 0;
@@ -293,7 +315,7 @@ static __always_inline bool in_process_context(int old_state, int new_state)
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 {
-	struct closer who;
+	struct closer who, *slot;
 	struct tcp_sock *tp;
 	bool known = false;
 
@@ -308,9 +330,24 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 		if (!config.all_states)
 			return 0;
 	} else if (old_state == TCP_FIN_WAIT1 && new_state != TCP_FIN_WAIT2) {
-		take_closer(&who, sk);
+		slot = find_closer(sk);
+		if (slot)
+			slot->sk = 0;
 		if (!config.all_states)
 			return 0;
+	}
+
+	/*
+	 * The closer is still noted only if the entry was not sent: with the
+	 * peer's FIN in the same segment that was a healthy close.
+	 */
+	if (old_state == TCP_FIN_WAIT2 && is_done(sk) && !config.report_instants) {
+		slot = find_closer(sk);
+		if (slot) {
+			slot->sk = 0;
+			count(offsetof(struct counters, instants));
+			return 0;
+		}
 	}
 
 	tp = bpf_skc_to_tcp_sock(sk);
@@ -335,14 +372,9 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 			cookie_of(sk);
 			return 0;
 		}
-		known = take_closer(&who, sk);
+		known = take_closer(&who, find_closer(sk));
 	} else if (old_state == TCP_FIN_WAIT2) {
-		/* The closer is still noted only if the entry was not sent. */
-		known = take_closer(&who, sk);
-		if (known && is_done(sk) && !config.report_instants) {
-			count(offsetof(struct counters, instants));
-			return 0;
-		}
+		known = take_closer(&who, find_closer(sk));
 	}
 	send(sk, tp, old_state, new_state, known ? &who : NULL);
 	return 0;
