@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	hostRounds = 20
+	hostRounds = 16
 	hostTime   = 1500 * time.Millisecond
 	// othersEvery is in how many rounds the tools beside it are measured once:
 	// what they cost shows in fewer.

@@ -35,9 +35,10 @@ Time in BPF programs (%s), over all transitions of %s connections of each load, 
 peer's FIN comes with its ACK. Waiting: the peer closes %s later, and each connection is a FIN_WAIT2 minisock meanwhile. Mixed:
 both. Each kind of transition: %d connections at a time are taken a step on together, with the counters read before and after;
 the peer's ACK is held back until it is asked for, and its FIN until it closes. Where a step is of several transitions the
-figure is their average; "less" says that the step was measured with others, whose time is subtracted. What the tracepoint
-itself costs is not in any of this: nearly nothing for fintrace and the empty program, which read the kernel's own arguments,
-and a copied record for the others.`, "`bpf_stats`", spaced(kernelConnections), kernelRounds, peerDelay, stepConnections)}
+figure is their average; "less" says that the step was measured with others, whose time is subtracted; "?" that other
+connections of the host came between each time. The loads are of all CPUs at once, the steps of one. What the tracepoint itself
+costs is not in any of this: nearly nothing for fintrace and the empty program, which read the kernel's own arguments, and a
+copied record for the others.`, "`bpf_stats`", spaced(kernelConnections), kernelRounds, peerDelay, stepConnections)}
 	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
 	if err != nil {
 		return found, fmt.Errorf("count the runs of BPF programs: %w", err)

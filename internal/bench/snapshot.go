@@ -74,7 +74,7 @@ func (s *suite) snapshot(ctx context.Context) (section, error) {
 Connections in FIN_WAIT2, half of them held and half minisocks, beside as many peers in CLOSE_WAIT, in a network namespace
 of their own; %d rounds. fintrace's figure is the walk of all namespaces by its own probe; ss is %s, and /proc/net/tcp
 is read and not parsed. The others: established connections (both ends count), TIME_WAIT minisocks from before fintrace, and
-such as it has watched for less than 30 s, whose ends it has to look at.`, snapshotRounds, "`ss -tan state fin-wait-2`")}
+such as were healthy connections while it watched, which it does not follow any more.`, snapshotRounds, "`ss -tan state fin-wait-2`")}
 	var few, many snapshotTimes
 	for _, n := range snapshotSizes {
 		t, err := inNamespace[snapshotTimes](ctx, "snapshot", snapshotRequest{

@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"os"
-	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -125,7 +124,7 @@ func quote(results string) string {
 		}
 		rule := strings.HasPrefix(cells[0], "---")
 		if len(cells) == len(header) && cells[barColumn] != "" && !rule {
-			rows = append(rows, slices.Delete(cells, 0, 1))
+			rows = append(rows, cells)
 		}
 	}
 	if len(rows) == 0 {

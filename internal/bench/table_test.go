@@ -53,10 +53,10 @@ func TestQuote(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const want = "before\n" + quoteBegin + `| what       | ratio | bar | met    | fintrace      | beside it  |
-|------------|-------|-----|--------|---------------|------------|
-| with a bar | 2 ×   | ≤ 1 | **no** | 2 ns          | other 1 ns |
-| not known  |       | 0   | ?      | not installed |            |
+	const want = "before\n" + quoteBegin + `| measure | what       | ratio | bar | met    | fintrace      | beside it  |
+|---------|------------|-------|-----|--------|---------------|------------|
+| one     | with a bar | 2 ×   | ≤ 1 | **no** | 2 ns          | other 1 ns |
+| two     | not known  |       | 0   | ?      | not installed |            |
 
 ` + "Written by `make bench` on 0001-01-01 in 0s. Linux 6.18, 2 × CPU.\nBeside it: libbpf-tools' and bcc's tcpstates, ss 6.1.\n" + quoteEnd + "after\n"
 	if string(got) != want {
