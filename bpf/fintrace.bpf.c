@@ -84,11 +84,12 @@ struct row {
 /*
  * Who sent our FIN, kept from FIN_WAIT1 (process context) until FIN_WAIT2
  * (softirq, where the current task is a bystander). A slot of an array, found
- * by the socket's hash: a hash table costs several times as much here. Others
- * may take its slots meanwhile, then the closer is unknown, never wrong.
+ * by the socket's address and written unseen: a hash table costs several times
+ * as much here, and so does waiting for what the slot had. Another socket may
+ * take it meanwhile, then the closer is unknown, never wrong.
  */
 struct closer {
-	__u64 sk; /* address of the struct sock, compared only */
+	__u64 socket; /* see identify() */
 	__u64 check;
 	__u64 cgroup;
 	__u64 comm[COMM_LEN / 8];
@@ -99,6 +100,7 @@ struct closer {
 struct counters {
 	__u64 lost;	/* records the ring buffer had no room for */
 	__u64 instants; /* left FIN_WAIT2 as they entered, not sent */
+	__u64 entered;	/* the last socket whose entry was not sent: see identify() */
 };
 
 struct {
@@ -137,11 +139,11 @@ static __always_inline __u64 cookie_of(void *sk)
 
 static __always_inline __u64 checksum(const struct closer *c)
 {
-	return c->cgroup ^ c->comm[0] ^ c->comm[1] ^ c->pid;
+	return c->socket ^ c->cgroup ^ c->comm[0] ^ c->comm[1] ^ c->pid;
 }
 
 /* Writes the current process into c. */
-static __always_inline void read_closer(struct closer *c, const struct sock *sk)
+static __always_inline void read_closer(struct closer *c, __u64 socket)
 {
 	c->cgroup = bpf_get_current_cgroup_id();
 	c->pid = bpf_get_current_pid_tgid() >> 32;
@@ -156,8 +158,8 @@ static __always_inline void read_closer(struct closer *c, const struct sock *sk)
 		c->comm[0] = comm[0];
 		c->comm[1] = comm[1];
 	}
+	c->socket = socket;
 	c->check = checksum(c);
-	c->sk = (__u64)sk;
 }
 
 /*
@@ -172,13 +174,19 @@ static __always_inline __u32 low_half(const void *pointer)
 	return half;
 }
 
-/*
- * A socket has two slots to choose from, by its address: memory that is used
- * again, the most recent first, has slots that are still in the caches.
- */
-static __always_inline struct closer *closer_slot(const struct sock *sk, __u32 way)
+/* Tells a socket from others that have had its memory: by its hash, of both ends. */
+static __always_inline __u64 identify(const struct sock *sk)
 {
-	__u32 slot = (low_half(sk) / SOCKET_BYTES % CLOSERS) ^ way;
+	return (__u64)low_half(sk) << 32 | sk->__sk_common.skc_hash;
+}
+
+/*
+ * By the address: memory that is used again, the most recent first, has a slot
+ * that is still in the caches.
+ */
+static __always_inline struct closer *closer_slot(const struct sock *sk)
+{
+	__u32 slot = low_half(sk) / SOCKET_BYTES % CLOSERS;
 
 	return bpf_map_lookup_elem(&closers, &slot);
 }
@@ -186,34 +194,21 @@ static __always_inline struct closer *closer_slot(const struct sock *sk, __u32 w
 /* Notes the current process as the closer of sk. */
 static __always_inline void note_closer(const struct sock *sk)
 {
-	struct closer *slot = closer_slot(sk, 0), *other;
+	struct closer *slot = closer_slot(sk);
 
-	if (slot && slot->sk && slot->sk != (__u64)sk) {
-		other = closer_slot(sk, 1);
-		if (other && !other->sk)
-			slot = other;
-	}
 	if (slot)
-		read_closer(slot, sk);
+		read_closer(slot, identify(sk));
 }
 
-/* The slot of sk, if it has one. */
-static __always_inline struct closer *find_closer(const struct sock *sk)
+/* Frees the slot of sk, having copied it. The checksum catches two CPUs in one slot. */
+static __always_inline bool take_closer(struct closer *c, const struct sock *sk)
 {
-	struct closer *slot = closer_slot(sk, 0);
+	struct closer *slot = closer_slot(sk);
 
-	if (slot && slot->sk != (__u64)sk)
-		slot = closer_slot(sk, 1);
-	return slot && slot->sk == (__u64)sk ? slot : NULL;
-}
-
-/* Frees the slot, having copied it. The checksum catches two CPUs in one slot. */
-static __always_inline bool take_closer(struct closer *c, struct closer *slot)
-{
-	if (!slot)
+	if (!slot || slot->socket != identify(sk))
 		return false;
 	*c = *slot;
-	slot->sk = 0;
+	slot->socket = 0;
 	return c->check == checksum(c);
 }
 
@@ -234,13 +229,11 @@ static __always_inline void read_addresses(const struct sock_common *skc, __u8 *
 	r[3] = skc->skc_daddr;
 }
 
-static __always_inline void count(__u64 offset)
+static __always_inline struct counters *this_cpu(void)
 {
 	__u32 zero = 0;
-	struct counters *c = bpf_map_lookup_elem(&counts, &zero);
 
-	if (c)
-		(*(__u64 *)((void *)c + offset))++;
+	return bpf_map_lookup_elem(&counts, &zero);
 }
 
 /* tcp_fin_time(), include/net/tcp.h: how long the kernel lets FIN_WAIT2 last, in jiffies. */
@@ -270,7 +263,10 @@ static __always_inline void send(struct sock *sk, const struct tcp_sock *tp, int
 	struct event *e = bpf_ringbuf_reserve(&ring, sizeof(*e), 0);
 
 	if (!e) {
-		count(offsetof(struct counters, lost));
+		struct counters *here = this_cpu();
+
+		if (here)
+			here->lost++;
 		return;
 	}
 	e->time = bpf_ktime_get_boot_ns();
@@ -315,11 +311,12 @@ static __always_inline bool in_process_context(int old_state, int new_state)
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 {
-	struct closer who, *slot;
+	struct counters *here;
+	struct closer who;
 	struct tcp_sock *tp;
 	bool known = false;
 
-	if (!config.all_states && new_state != TCP_FIN_WAIT1 && old_state != TCP_FIN_WAIT1 &&
+	if (!config.all_states && new_state != TCP_FIN_WAIT1 && new_state != TCP_FIN_WAIT2 &&
 	    old_state != TCP_FIN_WAIT2)
 		return 0;
 	if (sk->sk_protocol != IPPROTO_TCP)
@@ -329,33 +326,25 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 		note_closer(sk);
 		if (!config.all_states)
 			return 0;
-	} else if (old_state == TCP_FIN_WAIT1 && new_state != TCP_FIN_WAIT2) {
-		slot = find_closer(sk);
-		if (slot)
-			slot->sk = 0;
-		if (!config.all_states)
-			return 0;
 	}
 
-	/*
-	 * The closer is still noted only if the entry was not sent: with the
-	 * peer's FIN in the same segment that was a healthy close.
-	 */
-	if (old_state == TCP_FIN_WAIT2 && is_done(sk) && !config.report_instants) {
-		slot = find_closer(sk);
-		if (slot) {
-			slot->sk = 0;
-			count(offsetof(struct counters, instants));
-			return 0;
-		}
+	here = this_cpu();
+	if (!here)
+		return 0;
+	/* A healthy close: the peer's FIN was in the segment that brought it to FIN_WAIT2. */
+	if (old_state == TCP_FIN_WAIT2 && is_done(sk) && !config.report_instants &&
+	    here->entered == identify(sk)) {
+		here->instants++;
+		return 0;
 	}
+	here->entered = 0;
 
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
 
 	if (in_process_context(old_state, new_state)) {
-		read_closer(&who, sk);
+		read_closer(&who, 0);
 		known = true;
 	} else if (new_state == TCP_FIN_WAIT2) {
 		/*
@@ -370,11 +359,17 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 			    (__s32)config.hz * TCP_TIMEWAIT_SECONDS) {
 			/* Now, for the minisock to take it over. */
 			cookie_of(sk);
+			here->entered = identify(sk);
 			return 0;
 		}
-		known = take_closer(&who, find_closer(sk));
+		known = take_closer(&who, sk);
 	} else if (old_state == TCP_FIN_WAIT2) {
-		known = take_closer(&who, find_closer(sk));
+		/* The closer is still noted only if the entry was not sent. */
+		known = take_closer(&who, sk);
+		if (known && is_done(sk) && !config.report_instants) {
+			here->instants++; /* on another CPU */
+			return 0;
+		}
 	}
 	send(sk, tp, old_state, new_state, known ? &who : NULL);
 	return 0;

@@ -29,7 +29,7 @@ type bpfBatch struct {
 
 type bpfCloser struct {
 	_       structs.HostLayout
-	Sk      uint64
+	Socket  uint64
 	Check   uint64
 	Cgroup  uint64
 	Comm    [2]uint64
@@ -50,6 +50,7 @@ type bpfCounters struct {
 	_        structs.HostLayout
 	Lost     uint64
 	Instants uint64
+	Entered  uint64
 }
 
 type bpfEvent struct {
