@@ -18,6 +18,10 @@ const jiffy = 10 * time.Millisecond
 // stampError is how far an entry stamp, in whole milliseconds, may be off.
 const stampError = 2 * time.Millisecond
 
+// timerError is how far the times of a timer and of a stamp may be apart that are
+// of the same moment.
+const timerError = 2*jiffy + stampError
+
 // BeginSnapshot is called before the first socket of a snapshot is read.
 func (t *Tracker) BeginSnapshot(now events.Time) {
 	t.pass++
@@ -59,8 +63,10 @@ func (t *Tracker) finished(i index, s *events.Socket) {
 		at = min(at, s.Time.Add(s.Timer-limits.TimeWaitLen))
 	}
 	// A stamp that was not renewed is no later than what we know already, but
-	// for being cut to milliseconds.
-	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(stampError) {
+	// for being cut to milliseconds. Where the record of the handover was lost it
+	// may be the time of that, which is before the timer was set.
+	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(stampError) &&
+		(c.stage == events.Minisock || !s.HasTimer || at.Sub(stamp) <= timerError) {
 		at = min(at, stamp)
 	}
 	if c.stage != events.Minisock {
@@ -212,7 +218,6 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 			seen = c.since
 		}
 		c.closed = c.deadline.Add(-limit)
-		const timerError = 2*jiffy + stampError
 		switch early := seen.Sub(c.closed); {
 		case early.Abs() <= timerError:
 			c.closed = seen // Closed at its entry, as most are.
