@@ -173,8 +173,8 @@ func (t *Tracker) seed(s *events.Socket) {
 		c.closedBy = events.ByShutdown
 	}
 	if c.stage == events.Minisock {
-		// The entry stamp is the time of the last packet before the handover:
-		// the peer's ACK of our FIN, if it has been silent since.
+		// The entry stamp is the time of the last packet before the handover, or
+		// of an orphan's timer: the peer's ACK of our FIN, where it was closed then.
 		c.since, c.inexact = s.Time.Add(-max(s.Entry, 0)), s.Entry < 0
 	} else {
 		// Likewise, but any later packet makes it a bound: unknown which.
@@ -224,12 +224,14 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 		case early < 0:
 			// Held before it was closed, or a longer timer than the settings give.
 			c.unsplit = true
+			c.inexact = c.inexact || found
 		case found && c.inexact && (above60 || c.stage == events.Minisock):
 			c.since = c.closed // It was in FIN_WAIT2 when it was closed, at the latest.
 			c.unsplit = true
 		default:
 			// A shorter timer than the settings give: TCP_LINGER2, or they have changed.
 			c.closed, c.oddTimer, c.unsplit = seen, true, true
+			c.inexact = c.inexact || found
 		}
 	}
 	if c.stage == events.Minisock {
