@@ -161,12 +161,12 @@ func asDuration(d *float64) time.Duration { return time.Duration(*d * float64(ti
 func (s *soakStory) judge() (v soakVerdict) {
 	r := s.record
 	early, late := wall(s.entered.before).Add(-soakExact), wall(s.entered.after).Add(soakExact)
-	if r.SinceExact && s.packet != (moment{}) && s.closed != (moment{}) && s.closed.since(s.packet).least < soakExact &&
-		(r.Since.Sub(wall(s.packet.before))).Abs() < soakExact {
-		v.weak = append(v.weak, takenForEntry)
-		return v
-	}
-	if r.SinceExact && (r.Since.Before(early) || r.Since.After(late)) {
+	if off := r.Since.Before(early) || r.Since.After(late); off && r.SinceExact {
+		closed := s.packet != (moment{}) && s.closed != (moment{}) && s.closed.since(s.packet).least < soakExact
+		if closed && r.Since.Sub(wall(s.packet.before)).Abs() < soakExact {
+			v.weak = append(v.weak, takenForEntry)
+			return v
+		}
 		v.errorf("since %s, exactly; it is since %s", r.Since, wall(s.entered.before))
 	}
 	if !r.SinceExact {
