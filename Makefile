@@ -5,7 +5,7 @@ export CGO_ENABLED = 0
 # Root runs things as it is; others by sudo.
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-DURATION ?= 5m
+DURATION ?= 30m
 
 .PHONY: help build run demo list generate haproxies test test-kernels fuzz lab bench soak clean
 
@@ -49,9 +49,9 @@ bench: build ## speed beside today's tools, as ratios, into BENCHMARKS.md and wh
 	go build -trimpath -o dist/bench ./internal/bench
 	$(SUDO) dist/bench -fintrace ./fintrace $(if $(ONLY),-only $(ONLY),-o BENCHMARKS.md -quote README.md)
 
-soak: ## the daemon under all the connections this machine can make, for DURATION (5m), and its cost
+soak: ## every kind of connection and of fault at random, for DURATION (30m), against two witnesses; SEED=N repeats a run's choices
 	go test -c -o dist/soak.test ./cmd/fintrace
-	cd cmd/fintrace && $(SUDO) ../../dist/soak.test -test.v -test.timeout 0 -test.run '^TestDaemonSoak$$' -soak.duration $(DURATION)
+	cd cmd/fintrace && $(SUDO) ../../dist/soak.test -test.v -test.timeout 0 -test.run '^TestSoak$$' -soak.duration $(DURATION) -soak.seed $(or $(SEED),0)
 
 clean: ## remove what was built
 	rm -rf fintrace dist

@@ -69,7 +69,8 @@ func TestFoundAtStart(t *testing.T) {
 	if !stamped {
 		later.shut = later.closed
 	}
-	if c := found(later); c.Stage != events.Minisock || c.SinceExact != stamped || c.StagesKnown ||
+	// The stamp of one that was held may be that of a later packet.
+	if c := found(later); c.Stage != events.Minisock || c.SinceExact || c.StagesKnown ||
 		c.Limit.Source() != "net.ipv4.tcp_fin_timeout 60s" || c.Limit.Duration != time.Minute {
 		t.Errorf("the minisock that had been held was found as %+v", c)
 	}

@@ -18,6 +18,10 @@ const jiffy = 10 * time.Millisecond
 // stampError is how far an entry stamp, in whole milliseconds, may be off.
 const stampError = 2 * time.Millisecond
 
+// timerError is how far the times of a timer and of a stamp may be apart that are
+// of the same moment.
+const timerError = 2*jiffy + stampError
+
 // BeginSnapshot is called before the first socket of a snapshot is read.
 func (t *Tracker) BeginSnapshot(now events.Time) {
 	t.pass++
@@ -59,8 +63,10 @@ func (t *Tracker) finished(i index, s *events.Socket) {
 		at = min(at, s.Time.Add(s.Timer-limits.TimeWaitLen))
 	}
 	// A stamp that was not renewed is no later than what we know already, but
-	// for being cut to milliseconds.
-	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(stampError) {
+	// for being cut to milliseconds. Where the record of the handover was lost it
+	// may be the time of that, which is before the timer was set.
+	if stamp := s.Time.Add(-s.Entry); s.Entry >= 0 && stamp > c.alive.Add(stampError) &&
+		(c.stage == events.Minisock || !s.HasTimer || at.Sub(stamp) <= timerError) {
 		at = min(at, stamp)
 	}
 	if c.stage != events.Minisock {
@@ -167,8 +173,8 @@ func (t *Tracker) seed(s *events.Socket) {
 		c.closedBy = events.ByShutdown
 	}
 	if c.stage == events.Minisock {
-		// The entry stamp is the time of the last packet before the handover:
-		// the peer's ACK of our FIN, if it has been silent since.
+		// The entry stamp is the time of the last packet before the handover, or
+		// of an orphan's timer: the peer's ACK of our FIN, where it was closed then.
 		c.since, c.inexact = s.Time.Add(-max(s.Entry, 0)), s.Entry < 0
 	} else {
 		// Likewise, but any later packet makes it a bound: unknown which.
@@ -212,19 +218,20 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 			seen = c.since
 		}
 		c.closed = c.deadline.Add(-limit)
-		const timerError = 2*jiffy + stampError
 		switch early := seen.Sub(c.closed); {
 		case early.Abs() <= timerError:
 			c.closed = seen // Closed at its entry, as most are.
 		case early < 0:
 			// Held before it was closed, or a longer timer than the settings give.
 			c.unsplit = true
+			c.inexact = c.inexact || found
 		case found && c.inexact && (above60 || c.stage == events.Minisock):
 			c.since = c.closed // It was in FIN_WAIT2 when it was closed, at the latest.
 			c.unsplit = true
 		default:
 			// A shorter timer than the settings give: TCP_LINGER2, or they have changed.
 			c.closed, c.oddTimer, c.unsplit = seen, true, true
+			c.inexact = c.inexact || found
 		}
 	}
 	if c.stage == events.Minisock {
