@@ -112,7 +112,7 @@ func (c *checking) run(ctx context.Context) error {
 	findings, undecided := report.Check(in)
 	summary := report.NewCheckSummary(findings, looked(processes), append(c.unlooked, undecided...))
 	if err := c.print(findings, summary); err != nil {
-		return err
+		return &exitError{report.ExitUnknown, err}
 	}
 	if summary.Exit != report.ExitFine {
 		return &exitError{code: summary.Exit}

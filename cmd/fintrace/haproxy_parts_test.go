@@ -266,7 +266,7 @@ type jsonTrace struct {
 	mu      sync.Mutex
 	news    *sync.Cond
 	records map[flowKey][]report.Record
-	summary struct{ Lost int }
+	summary struct{ Lost, Corrected, Remaining int }
 	err     error // why nothing more comes
 }
 
@@ -274,11 +274,18 @@ type jsonTrace struct {
 // attached.
 func traceJSON(t *testing.T, spaces []*kerneltest.Namespace) *jsonTrace {
 	t.Helper()
-	args := []string{"trace", "-o", "json", "--min-duration", "0"}
+	return traceJSONBy(t, spaces, "fintrace")
+}
+
+// traceJSONBy is traceJSON with flags, and a command that starts it.
+func traceJSONBy(t *testing.T, spaces []*kerneltest.Namespace, command string, flags ...string) *jsonTrace {
+	t.Helper()
+	args := append(strings.Fields(command), "trace", "-o", "json", "--min-duration", "0")
 	for _, ns := range spaces {
 		args = append(args, "--netns", strconv.FormatUint(uint64(ns.Inode), 10))
 	}
-	tr := &jsonTrace{cmd: exec.Command("fintrace", args...), records: map[flowKey][]report.Record{}}
+	args = append(args, flags...)
+	tr := &jsonTrace{cmd: exec.Command(args[0], args[1:]...), records: map[flowKey][]report.Record{}}
 	tr.news = sync.NewCond(&tr.mu)
 	stdout, err := tr.cmd.StdoutPipe()
 	if err != nil {

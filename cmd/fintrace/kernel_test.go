@@ -44,6 +44,7 @@ func TestMain(m *testing.M) {
 	}
 	programs := map[string]func(){"fintrace": main, "unprivileged": unprivileged}
 	maps.Copy(programs, labPrograms)
+	maps.Copy(programs, faultPrograms)
 	testscript.Main(tests{m}, programs)
 }
 

@@ -268,26 +268,49 @@ func (w *watch) reconcile(ctx context.Context) error {
 		})
 		findOwners(unowned)
 	})
-	if err := errors.Join(err, drained, w.drain()); err != nil {
+	if err := errors.Join(drained, w.drain()); err != nil {
 		return err
+	}
+	if err != nil {
+		return w.unlooked(err)
 	}
 	w.each(w.tracker.Observe(unowned))
 	w.skipped = cov.Skipped
 	w.warnOf(cov.Skipped)
 	defer w.lookup.Close()
 	lookups := 0
+	var holders probe.Holders
 	w.each(w.tracker.EndSnapshot(cov, func(netns uint32, f events.Flow) bool {
 		if lookups++; lookups > lookupsPerPass {
 			return true // Not known to be free.
 		}
 		state, _, err := w.lookup.Find(netns, f)
 		return state != 0 || err != nil
+	}, func(p events.Process, inode uint64, then events.Time) bool {
+		if lookups++; lookups > lookupsPerPass {
+			return true
+		}
+		return holders.Hold(p.PID, inode, then)
 	}))
 	w.cost = processorTime() - spent
 	w.began, w.ended, w.losses, w.covered = began, probe.Now(), losses, cov.Netns
 	if w.looked != nil {
 		w.looked(w.ended.Sub(began), time.Now())
 	}
+	return nil
+}
+
+// unlooked is for a snapshot that could not be taken, for want of a descriptor or
+// of memory: what is in the table stays there, and it is tried again soon. Without
+// a first one there is nothing to go on with.
+func (w *watch) unlooked(err error) error {
+	if w.ended == 0 {
+		return err
+	}
+	w.tracker.GiveUpSnapshot()
+	w.warn(err)
+	w.skipped = []string{err.Error()}
+	w.ended = probe.Now()
 	return nil
 }
 

@@ -156,7 +156,7 @@ func reconcile(t *track.Tracker, first, last uint64, now events.Time) {
 			rows = rows[:0]
 		}
 	}
-	t.EndSnapshot(events.Coverage{End: now, Netns: map[uint32]events.NetnsCounters{trackerNetns: {}}}, nil)
+	t.EndSnapshot(events.Coverage{End: now, Netns: map[uint32]events.NetnsCounters{trackerNetns: {}}}, nil, nil)
 }
 
 // advance lets the clock pass the deadlines of connections first to last.

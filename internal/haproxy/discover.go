@@ -49,15 +49,16 @@ const (
 const sameMoment = time.Second
 
 // Discover finds the HAProxy processes that run, and reads what they were told
-// and what they say. What cannot be had is a problem in a line, and absent.
+// and what they say. What cannot be had is a problem in a line, and absent; where
+// nothing can be looked at, what was found before is returned.
 func Discover(ctx context.Context, o DiscoverOptions) Found {
 	proc, err := openProcfs(cmp.Or(o.Proc, "/proc"))
-	if err != nil {
-		return Found{Problems: []string{fmt.Sprintf("cannot look for haproxy: %v", err)}}
-	}
 	d := &discovery{procfs: proc, o: o, budget: maxBytes}
-	if err := d.scan(); err != nil {
-		return Found{Problems: []string{fmt.Sprintf("cannot look for haproxy: %v", err)}}
+	if err == nil {
+		err = d.scan()
+	}
+	if err != nil {
+		return Found{Processes: o.Previous, Problems: []string{fmt.Sprintf("cannot look for haproxy: %v", err)}}
 	}
 	d.group()
 	d.load(ctx)

@@ -802,9 +802,11 @@ func TestDiscoverNothing(t *testing.T) {
 	if found := f.discover(); len(found.Processes)+len(found.Problems) > 0 {
 		t.Errorf("found %+v", found)
 	}
-	found := Discover(t.Context(), DiscoverOptions{Proc: "/nowhere"})
+	// Where it cannot look, those that were found before are taken to be there.
+	before := []Process{{PID: 7}}
+	found := Discover(t.Context(), DiscoverOptions{Proc: "/nowhere", Previous: before})
 	want := []string{"cannot look for haproxy: open /nowhere/uptime: no such file or directory"}
-	if !slices.Equal(found.Problems, want) {
-		t.Errorf("problems %q, want %q", found.Problems, want)
+	if !slices.Equal(found.Problems, want) || len(found.Processes) != 1 || found.Processes[0].PID != 7 {
+		t.Errorf("problems %q, want %q, and %+v", found.Problems, want, before)
 	}
 }

@@ -23,7 +23,7 @@ import (
 type namespaces struct {
 	own    uint32
 	paths  map[uint32][]string // files that enter it
-	hidden bool                // of some processes it takes CAP_SYS_PTRACE to see theirs
+	hidden bool                // it takes CAP_SYS_PTRACE to see those of some processes
 }
 
 // pathsKept is how many processes of a namespace are remembered as ways in: one
@@ -61,6 +61,11 @@ func findNamespaces() (namespaces, error) {
 		if inode, ok := parseNamespace(target); ok && len(found.paths[inode]) < pathsKept {
 			found.paths[inode] = append(found.paths[inode], path)
 		}
+	}
+	// Where /proc is mounted with hidepid, the processes themselves are hidden,
+	// of which the first is always there.
+	if _, err := os.Stat("/proc/1"); err != nil {
+		found.hidden = true
 	}
 	if mayTrace() {
 		found.hidden = false // A security module hides them, single ones and for good.

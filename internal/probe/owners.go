@@ -4,10 +4,13 @@ package probe
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,9 +26,13 @@ func Owners(inodes map[uint64]bool) map[uint64]events.Process {
 		return owners
 	}
 	for _, pid := range pids() {
-		dir := filepath.Join("/proc", strconv.FormatUint(uint64(pid), 10))
-		var process events.Process // read when a socket is found
-		for _, inode := range socketInodes(dir) {
+		dir, err := openProcess(pid)
+		if err != nil {
+			continue
+		}
+		var process events.Process      // read when a socket is found
+		sockets, _ := socketInodes(dir) // none of one that may not be looked at
+		for _, inode := range sockets {
 			if !inodes[inode] {
 				continue
 			}
@@ -37,8 +44,80 @@ func Owners(inodes map[uint64]bool) map[uint64]events.Process {
 			}
 			owners[inode] = process
 		}
+		dir.Close()
 	}
 	return owners
+}
+
+// openProcess opens a process's directory. Whoever is given the pid after the
+// process has ended is not in it.
+func openProcess(pid uint32) (*os.Root, error) {
+	return os.OpenRoot(filepath.Join("/proc", strconv.FormatUint(uint64(pid), 10)))
+}
+
+// Holders answers whether processes hold sockets, and reads what each has open
+// once.
+type Holders struct{ sockets map[uint32]map[uint64]bool }
+
+// Hold says whether the process that held a socket at a time may hold it still; of
+// a socket whose inode is 0, which is not known, whether the process is there.
+// What cannot be looked at may be.
+func (h *Holders) Hold(pid uint32, inode uint64, then events.Time) bool {
+	if !hostPIDs() {
+		return true
+	}
+	if unix.Kill(int(pid), 0) == unix.ESRCH {
+		return false
+	}
+	dir, err := openProcess(pid)
+	if err != nil {
+		return true
+	}
+	defer dir.Close()
+	if began, err := beginning(dir); err == nil && began > then {
+		return false // Another has the pid now.
+	}
+	if inode == 0 {
+		return true
+	}
+	sockets, known := h.sockets[pid]
+	if !known {
+		if inodes, err := socketInodes(dir); err == nil {
+			sockets = map[uint64]bool{}
+			for _, inode := range inodes {
+				sockets[inode] = true
+			}
+		}
+		if h.sockets == nil {
+			h.sockets = map[uint32]map[uint64]bool{}
+		}
+		h.sockets[pid] = sockets
+	}
+	return sockets == nil || sockets[inode]
+}
+
+// hostPIDs says whether pids are those of BPF: this process is in the first pid
+// namespace (PROC_PID_INIT_INO, include/linux/proc_ns.h).
+var hostPIDs = sync.OnceValue(func() bool {
+	const first = "pid:[4026531836]"
+	target, err := os.Readlink("/proc/self/ns/pid")
+	return err == nil && target == first
+})
+
+// beginning is when a process was started, from the 22nd field of its stat
+// (proc_pid_stat(5)), in hundredths of a second rounded down.
+func beginning(dir *os.Root) (events.Time, error) {
+	text, err := dir.ReadFile("stat")
+	if err != nil {
+		return 0, err
+	}
+	// The second field is its name, which may have spaces and parentheses.
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("stat has %d fields", len(fields)+2)
+	}
+	ticks, err := strconv.ParseInt(fields[19], 10, 64)
+	return events.Time(ticks*int64(10*time.Millisecond) - ownBoot()), err
 }
 
 func pids() []uint32 {
@@ -56,14 +135,13 @@ func pids() []uint32 {
 }
 
 // socketInodes lists the sockets that the process under dir has open.
-func socketInodes(dir string) []uint64 {
-	f, err := os.Open(filepath.Join(dir, "fd"))
+func socketInodes(dir *os.Root) (inodes []uint64, err error) {
+	f, err := dir.Open("fd")
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	defer f.Close()
 	names, _ := f.Readdirnames(-1) // What was read before the process went is as good.
-	var inodes []uint64
 	var link [64]byte
 	for _, name := range names {
 		n, err := unix.Readlinkat(int(f.Fd()), name, link[:])
@@ -77,15 +155,17 @@ func socketInodes(dir string) []uint64 {
 			}
 		}
 	}
-	return inodes
+	return inodes, nil
 }
 
-func readProcess(dir string, pid uint32) events.Process {
+func readProcess(dir *os.Root, pid uint32) events.Process {
 	p := events.Process{PID: pid}
-	if comm, err := os.ReadFile(filepath.Join(dir, "comm")); err == nil {
+	if comm, err := dir.ReadFile("comm"); err == nil {
 		copy(p.Comm[:len(p.Comm)-1], bytes.TrimSuffix(comm, []byte("\n")))
 	}
-	p.Cgroup = cgroupID(filepath.Join(dir, "cgroup"))
+	if cgroups, err := dir.ReadFile("cgroup"); err == nil {
+		p.Cgroup = cgroupID(string(cgroups))
+	}
 	return p
 }
 
@@ -93,12 +173,8 @@ const cgroupRoot = "/sys/fs/cgroup"
 
 // cgroupID is the cgroup2 id of the process whose /proc/PID/cgroup this is: the
 // inode of its directory (kernfs), which is what bpf_get_current_cgroup_id gives.
-func cgroupID(file string) uint64 {
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return 0
-	}
-	for line := range strings.Lines(string(text)) {
+func cgroupID(text string) uint64 {
+	for line := range strings.Lines(text) {
 		// One that begins with .. is outside our cgroup namespace (cgroup_namespaces(7)).
 		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok && !strings.HasPrefix(path, "/..") {
 			var st unix.Stat_t

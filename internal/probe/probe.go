@@ -9,6 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -116,8 +118,17 @@ func Open(opts Options) (_ *Probe, err error) {
 	return p, err
 }
 
+// filesNeeded is how many descriptors a Probe and a look at the sockets have at
+// once, with room. Where there are fewer, what fails first is what cilium/ebpf
+// tries to find out about the kernel, and it calls that too old.
+const filesNeeded = 64
+
 // prepare is for what every Probe needs.
 func prepare() (clock, error) {
+	var files unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil && files.Cur < filesNeeded {
+		return clock{}, fmt.Errorf("no more than %d files may be open, and fintrace needs %d: raise the limit (ulimit -n, LimitNOFILE=)", files.Cur, filesNeeded)
+	}
 	if _, err := os.Stat("/proc/self/mountinfo"); err != nil {
 		return clock{}, fmt.Errorf("/proc has to be mounted, for the network namespaces and processes in it: %w", err)
 	}
@@ -220,12 +231,33 @@ func (p *Probe) Counters() (Counters, error) {
 	return c, nil
 }
 
-// Now reads the clock that events are dated by, CLOCK_BOOTTIME.
+// Now reads the clock that events are dated by, the host's CLOCK_BOOTTIME.
 func Now() events.Time {
 	var ts unix.Timespec
 	// Cannot fail: the clock has been there since Linux 2.6.39.
 	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
-	return events.Time(ts.Nano())
+	return events.Time(ts.Nano() - ownBoot())
+}
+
+// ownBoot is by how many nanoseconds the boot clock of this process's time
+// namespace (time_namespaces(7)) is ahead of the host's. BPF has the host's.
+var ownBoot = sync.OnceValue(func() int64 {
+	text, err := os.ReadFile("/proc/self/timens_offsets")
+	if err != nil {
+		return 0 // a kernel without time namespaces
+	}
+	return bootOffset(string(text))
+})
+
+// bootOffset reads the line "boottime SECONDS NANOSECONDS"; without it there is none.
+func bootOffset(text string) int64 {
+	for line := range strings.Lines(text) {
+		var seconds, nanoseconds int64
+		if n, _ := fmt.Sscanf(line, "boottime %d %d", &seconds, &nanoseconds); n == 2 {
+			return seconds*int64(time.Second) + nanoseconds
+		}
+	}
+	return 0
 }
 
 // A WallClock turns readings of Now into wall-clock time, by the wall clock as it

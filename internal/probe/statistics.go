@@ -4,8 +4,8 @@ package probe
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -41,7 +41,7 @@ func (l *Lookup) Statistics(netns uint32) (map[string]int64, error) {
 			_, more := readProc("/proc/thread-self/net/"+file, func(r io.Reader) (struct{}, error) {
 				return struct{}{}, pairedLines(r, found)
 			})
-			err = errors.Join(err, more)
+			err = cmp.Or(err, more)
 		}
 		return err
 	})

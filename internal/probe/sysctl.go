@@ -3,6 +3,7 @@
 package probe
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -70,24 +71,24 @@ func (l *Lookup) enter(inode uint32) (*os.File, error) {
 	return f, nil
 }
 
-// readSysctls reads those that the namespace of this thread has.
-func readSysctls(into events.Sysctls, names ...string) error {
-	var errs []error
+// readSysctls reads those that the namespace of this thread has. The error is the
+// first there is.
+func readSysctls(into events.Sysctls, names ...string) (first error) {
 	for _, name := range names {
 		text, err := os.ReadFile(filepath.Join("/proc/sys", strings.ReplaceAll(name, ".", "/")))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("read %s: %w", name, err))
+			first = cmp.Or(first, fmt.Errorf("read %s: %w", name, err))
 			continue
 		}
 		value, err := strconv.Atoi(strings.TrimSpace(string(text)))
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s is %q, not a number", name, text))
+			first = cmp.Or(first, fmt.Errorf("%s is %q, not a number", name, text))
 			continue
 		}
 		into[name] = value
 	}
-	return errors.Join(errs...)
+	return first
 }

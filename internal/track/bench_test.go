@@ -165,7 +165,7 @@ func BenchmarkReconcile(b *testing.B) {
 				rows = rows[:0]
 			}
 		}
-		tracker.EndSnapshot(events.Coverage{End: now, Netns: map[uint32]events.NetnsCounters{1: {}}}, nil)
+		tracker.EndSnapshot(events.Coverage{End: now, Netns: map[uint32]events.NetnsCounters{1: {}}}, nil, nil)
 	}
 	if tracker.Len() != n {
 		b.Fatalf("%d of %d are left", tracker.Len(), n)

@@ -29,6 +29,8 @@ type conn struct {
 	finTimeout, rto uint32 // ms
 	linger2         int32  // ms
 
+	inode uint32 // of the held socket, as the last snapshot has it; sockfs gives no larger ones
+
 	// The place in the wheel.
 	due         events.Time
 	next, prev  index

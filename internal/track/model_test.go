@@ -396,7 +396,7 @@ func (r *run) snapshot() {
 		r.check(r.tracker.Observe(rows))
 	}
 	cov := events.Coverage{Begin: began, End: r.now, Netns: map[uint32]events.NetnsCounters{1: {}}}
-	r.check(r.tracker.EndSnapshot(cov, func(uint32, events.Flow) bool { return false }))
+	r.check(r.tracker.EndSnapshot(cov, func(uint32, events.Flow) bool { return false }, nil))
 	// What was there throughout is in the table, and what was gone before is not.
 	for _, h := range r.conns {
 		c, ok := r.tracker.Get(h.cookie, r.now)

@@ -103,7 +103,7 @@ func (t *Tracker) refresh(i index, s *events.Socket) {
 		return // Read before the last event.
 	}
 	seen := c.alive
-	c.alive = s.Time
+	c.alive, c.inode = s.Time, uint32(s.Inode)
 	switch {
 	case s.Stage == c.stage:
 		t.refreshLimit(i, s)
@@ -153,6 +153,17 @@ func (t *Tracker) seed(s *events.Socket) {
 	if _, ended := t.ended[s.Cookie]; ended {
 		return // It left after it was read.
 	}
+	// Any packet later than the entry makes the time of the last a bound: unknown
+	// whether there was one.
+	since, inexact := s.Time.Add(-s.LastAck), true
+	if s.Stage == events.Minisock {
+		// The entry stamp is the time of the last packet before the handover, or
+		// of an orphan's timer: the peer's ACK of our FIN, where it was closed then.
+		since, inexact = s.Time.Add(-max(s.Entry, 0)), s.Entry < 0
+	}
+	if len(t.table) >= t.capacity {
+		t.displace(since)
+	}
 	i := t.add(s.Cookie)
 	if i == 0 {
 		return
@@ -165,26 +176,41 @@ func (t *Tracker) seed(s *events.Socket) {
 	c.netns = s.Netns
 	t.setStage(c, s.Stage)
 	c.side = t.sideOf(s.Accepted, s.Netns, s.Flow.Local.Port)
-	c.alive = s.Time
+	c.alive, c.inode = s.Time, uint32(s.Inode)
 	c.process = s.Process
 	t.locate(c)
 	c.setTimers(s.Timers)
 	if c.stage == events.Held && c.process.Known() {
 		c.closedBy = events.ByShutdown
 	}
-	if c.stage == events.Minisock {
-		// The entry stamp is the time of the last packet before the handover, or
-		// of an orphan's timer: the peer's ACK of our FIN, where it was closed then.
-		c.since, c.inexact = s.Time.Add(-max(s.Entry, 0)), s.Entry < 0
-	} else {
-		// Likewise, but any later packet makes it a bound: unknown which.
-		c.since, c.inexact = s.Time.Add(-s.LastAck), true
-	}
+	c.since, c.inexact = since, inexact
 	if c.stage != events.Held {
 		t.dateClosed(c, s, 0)
 	}
 	t.arm(i)
 	t.notify(Opened, c, s.Time)
+}
+
+// displace makes room in a full table for a connection that has been there since
+// a time: the youngest of some others goes, if it is younger and not overdue. So
+// a walk, which finds the sockets in no order, leaves the oldest in the table.
+func (t *Tracker) displace(since events.Time) {
+	const some = 16
+	var youngest index
+	for range some {
+		t.picked = t.picked*6364136223846793005 + 1442695040888963407 // Knuth's MMIX
+		i := 1 + index(t.picked>>33)%t.slab.made
+		c := t.slab.at(i)
+		if c.stage != 0 && !c.overdue && c.since > since {
+			youngest, since = i, c.since
+		}
+	}
+	if youngest == 0 {
+		return
+	}
+	t.drop(youngest)
+	t.counters.Shed++
+	t.counters.Entered-- // The one that it makes room for enters in its place.
 }
 
 // dateClosed finds out when a closed connection was closed, and became a
@@ -242,13 +268,24 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 	}
 }
 
+// GiveUpSnapshot is called in place of EndSnapshot where the walk has failed:
+// nothing is judged by its absence, and another snapshot is wanted.
+func (t *Tracker) GiveUpSnapshot() {
+	t.began = 0
+	t.doubtful = true
+	clear(t.ended)
+}
+
 // EndSnapshot is called after the last socket of a snapshot. What the snapshot
 // should have shown and did not has left: its record was lost, or it was a
 // minisock, which leaves without one. To tell a minisock's reset from a peer's
 // FIN whose TIME_WAIT has made room for a new connection, reused says whether
-// somebody has the flow now. The notices are valid until the next call of a
-// method that returns some.
-func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f events.Flow) bool) []Notice {
+// somebody has the flow now; of a connection in a namespace that was not looked
+// at, holds says whether the process that held it then may hold its socket still,
+// whose inode is 0 if it is not known. The notices are valid until the next call
+// of a method that returns some.
+func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f events.Flow) bool,
+	holds func(p events.Process, inode uint64, then events.Time) bool) []Notice {
 	t.notices = t.notices[:0]
 	full := map[uint32]uint64{}
 	for netns, counters := range cov.Netns {
@@ -275,11 +312,19 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 		never := c.alive == c.mini && full[c.netns] > 0
 		switch {
 		case !covered:
-			// Its namespace is gone, or closed to us. Full sockets end with a
-			// record; of a minisock nothing would ever show the end.
-			if c.stage == events.Minisock && c.overdueFrom(c.limit(&t.rules)) <= cov.End {
-				t.end(i, c.alive, events.Unseen, false)
+			// Its namespace is gone, or closed to us: nothing will ever show the
+			// end of a minisock, or of a full socket whose record was lost.
+			if c.stage == events.Held && c.process.Known() && !c.closing() {
+				if holds(c.process, uint64(c.inode), c.alive) {
+					continue
+				}
+			} else if c.overdueFrom(c.limit(&t.rules)) > cov.End {
+				continue
 			}
+			if c.stage != events.Minisock {
+				t.counters.Corrected++
+			}
+			t.end(i, c.alive, events.Unseen, false)
 		case c.stage != events.Minisock:
 			t.counters.Corrected++
 			t.end(i, c.alive, events.Unseen, false)

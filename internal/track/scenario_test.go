@@ -59,14 +59,14 @@ func newScenario() *scenario {
 //	advance t=62s
 //	haproxy t=5s pid=7 [changed] [alone]            one runs with the configuration below; those before are old, or gone
 //	rules t=5s                                      the user's own, a line each: NAME fin_timeout=5s [local_port=80] [process=web] [proxy=app] [stage=held]
-//	begin t=70s, observe, end t=71s [covers=1,2] [overflow=3] [reused]
+//	begin t=70s, observe, end t=71s [covers=1,2] [overflow=3] [reused] [gone=7] [given_up=12]
 //	snapshot t=70s ...                              all three
 //	state                                           what is in the table
 //
 // The clock does not go back, but for what is marked late. SOCKET is cookie=1 t=0s [netns=1] [fin_timeout=60s] [linger2=3s] [rto=200ms]
 // [local=192.0.2.1:80] [remote=198.51.100.1:40001] [pid=7] [comm=web] [accepted].
 // A snapshot's rows are the lines below it: held, orphan, minisock, time_wait or
-// listen, with the same words and [timer=3s] [entry=5s] [last_ack=5s].
+// listen, with the same words and [timer=3s] [entry=5s] [last_ack=5s] [inode=12].
 func (s *scenario) run(d *datadriven.TestData) (string, error) {
 	words, err := newWords(d.CmdArgs)
 	if err != nil {
@@ -201,7 +201,10 @@ func (s *scenario) end(words words) string {
 			s.cov.Netns[uint32(n)] = events.NetnsCounters{TimeWaitOverflow: uint64(words.number("overflow", 0))}
 		}
 	}
-	return s.print(s.tracker.EndSnapshot(s.cov, func(uint32, events.Flow) bool { return words.is("reused") }))
+	return s.print(s.tracker.EndSnapshot(s.cov, func(uint32, events.Flow) bool { return words.is("reused") },
+		func(p events.Process, inode uint64, _ events.Time) bool {
+			return int(p.PID) != words.number("gone", 0) && (inode == 0 || int(inode) != words.number("given_up", 0))
+		}))
 }
 
 // state prints the table and the counters.
@@ -289,7 +292,7 @@ func describe(c *Conn) string {
 type words map[string]string
 
 var vocabulary = strings.Fields(`t held capacity cookie netns fin_timeout linger2 rto local remote pid comm accepted
-	dead done rcvshut err covers overflow reused timer entry last_ack port late changed alone local_port process proxy stage`)
+	dead done rcvshut err covers overflow reused gone given_up inode timer entry last_ack port late changed alone local_port process proxy stage`)
 
 func newWords(args []datadriven.CmdArg) (words, error) {
 	w := words{}
@@ -384,6 +387,7 @@ func (w words) socket(kind string, now events.Time) (events.Socket, error) {
 	s := events.Socket{
 		Time:     now,
 		Cookie:   uint64(w.number("cookie", 1)),
+		Inode:    uint64(w.number("inode", 0)),
 		Netns:    uint32(w.number("netns", 1)),
 		Flow:     w.flow(),
 		State:    k.state,

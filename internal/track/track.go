@@ -52,7 +52,7 @@ type Notice struct {
 type Counters struct {
 	Entered   uint64 // into FIN_WAIT2, the ones found in it included
 	Left      uint64
-	Shed      uint64 // records and rows turned away, the table being full: at least one for each connection not tracked
+	Shed      uint64 // records, rows and connections turned away, the table being full: at least one for each connection not tracked
 	Corrected uint64 // put right by a snapshot: the record of it was lost
 }
 
@@ -77,6 +77,7 @@ type Tracker struct {
 	doubtful  bool                // only a snapshot can tell
 	listeners map[listener]uint32 // by the pass that saw them last
 	overflow  map[uint32]uint64   // TCPTimeWaitOverflow as last seen, by namespace
+	picked    uint64              // pseudo-random, for displace
 }
 
 type listener struct {
@@ -84,7 +85,8 @@ type listener struct {
 	port  uint16
 }
 
-// New makes an empty table of at most capacity connections.
+// New makes an empty table of at most capacity connections. Where there are more,
+// events are turned away, and of what a snapshot shows the oldest are taken.
 func New(rules limits.Rules, capacity int) *Tracker {
 	return &Tracker{
 		rules:     rules,
@@ -515,11 +517,17 @@ func (t *Tracker) end(i index, at events.Time, end events.End, exact bool) {
 	if t.began != 0 {
 		t.ended[c.cookie] = struct{}{}
 	}
+	t.drop(i)
+	t.counters.Left++
+}
+
+// drop removes a connection from the table.
+func (t *Tracker) drop(i index) {
+	c := t.slab.at(i)
 	t.stages[c.stage]--
 	t.wheel.remove(&t.slab, i)
 	delete(t.table, c.cookie)
 	t.slab.give(i)
-	t.counters.Left++
 }
 
 // setStage moves c to a stage, or into its first.

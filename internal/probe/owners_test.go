@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package probe
+
+import (
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestPIDReused has a process that holds a socket end, and another that holds it
+// too be given its pid: it is not taken for the first.
+func TestPIDReused(t *testing.T) {
+	const lastPID = "/proc/sys/kernel/ns_last_pid"
+	if os.Geteuid() != 0 || !hostPIDs() {
+		t.Skip("not run: it takes root, and the first pid namespace")
+	}
+	if _, err := os.Stat(lastPID); err != nil {
+		t.Skip("not run: a kernel without CONFIG_CHECKPOINT_RESTORE")
+	}
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	socket, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(socket.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	// cat holds it until its input ends.
+	holder := func() (pid uint32, end func()) {
+		cmd := exec.Command("cat")
+		cmd.ExtraFiles = []*os.File{socket}
+		input, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		output, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// Its answer shows that it is cat by now.
+		if _, err := io.WriteString(input, "."); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := output.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		return uint32(cmd.Process.Pid), func() { input.Close(); _ = cmd.Wait() }
+	}
+	pid, end := holder()
+	then := Now()
+	dir, err := openProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if sockets, err := socketInodes(dir); err != nil || readProcess(dir, pid).Name() != "cat" || !slices.Contains(sockets, st.Ino) {
+		t.Errorf("%d is %+v and has the sockets %v (%v), want cat and %d", pid, readProcess(dir, pid), sockets, err, st.Ino)
+	}
+	var before Holders
+	for inode, want := range map[uint64]bool{st.Ino: true, 0: true, 1: false} {
+		if before.Hold(pid, inode, then) != want {
+			t.Errorf("that it holds %d is %t", inode, !want)
+		}
+	}
+	end()
+	if new(Holders).Hold(pid, st.Ino, then) || new(Holders).Hold(pid, 0, then) {
+		t.Error("a process that is gone holds it")
+	}
+
+	// The kernel shows hundredths of a second: who comes within one may be either.
+	for Now() < then.Add(10*time.Millisecond) {
+		time.Sleep(time.Millisecond)
+	}
+	for tries := 0; ; tries++ {
+		if err := os.WriteFile(lastPID, []byte(strconv.Itoa(int(pid)-1)), 0); err != nil {
+			t.Fatal(err)
+		}
+		other, end := holder()
+		if other == pid {
+			defer end()
+			break
+		}
+		end()
+		if tries == 1000 {
+			t.Skip("not run: others are always given the pid")
+		}
+	}
+	if new(Holders).Hold(pid, st.Ino, then) || new(Holders).Hold(pid, 0, then) {
+		t.Error("a process that has the pid now is taken for the one before")
+	}
+	if !new(Holders).Hold(pid, st.Ino, Now()) {
+		t.Error("it does not hold what it has")
+	}
+	if sockets, err := socketInodes(dir); err == nil || readProcess(dir, pid).Name() != "" {
+		t.Errorf("of the one before there is %+v with the sockets %v", readProcess(dir, pid), sockets)
+	}
+}
