@@ -98,16 +98,23 @@ func cgroupID(file string) uint64 {
 	if err != nil {
 		return 0
 	}
-	for line := range strings.Lines(string(text)) {
-		// One that begins with .. is outside our cgroup namespace (cgroup_namespaces(7)).
-		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok && !strings.HasPrefix(path, "/..") {
-			var st unix.Stat_t
-			if unix.Stat(filepath.Join(cgroupRoot, path), &st) == nil {
-				return st.Ino
-			}
-		}
+	var st unix.Stat_t
+	if path, ok := cgroup2(string(text)); ok && unix.Stat(filepath.Join(cgroupRoot, path), &st) == nil {
+		return st.Ino
 	}
 	return 0
+}
+
+// cgroup2 is the path of the cgroup2 in what /proc/PID/cgroup says.
+func cgroup2(text string) (path string, ok bool) {
+	for line := range strings.Lines(text) {
+		// One that begins with .. is outside our cgroup namespace (cgroup_namespaces(7)).
+		path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::")
+		if ok && !strings.HasPrefix(path, "/..") {
+			return path, true
+		}
+	}
+	return "", false
 }
 
 // CgroupPath is the path below the cgroup2 root of a cgroup id, "" if it is
