@@ -128,7 +128,7 @@ func TestListAgreesWithSS(t *testing.T) {
 	compare := func() (before, after []string, conns []track.Conn) {
 		before = ssFinWait2(t, spaces)
 		filter := &track.Filter{Match: limits.Match{Netns: []uint32{spaces[0].Inode, spaces[1].Inode}}}
-		conns, _, err := listConnections(t.Context(), env{stderr: t.Output()}, limits.Rules{}, &haproxies{}, filter)
+		conns, _, err := listConnections(t.Context(), limits.Rules{}, &haproxies{}, filter, func(err error) { t.Log("not looked at:", err) })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -342,7 +342,7 @@ func TestChurn(t *testing.T) {
 	kerneltest.Require(t)
 	duration := 30 * time.Second
 	if testing.Short() {
-		duration = 3 * time.Second
+		duration = time.Second
 	}
 	t.Run("all sent", func(t *testing.T) { churned(t, duration, probe.Options{Instants: true}) })
 	t.Run("as it runs", func(t *testing.T) { churned(t, duration, probe.Options{}) })

@@ -90,6 +90,7 @@ func (d *diagnosing) run(ctx context.Context) (diagnosis report.Diagnosis, err e
 		return diagnosis, err
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
+	d.evidence.Sampled = p.Bare()
 	d.watch = &watch{
 		probe:     p,
 		tracker:   track.New(limits.Rules{}, track.DefaultCapacity),
@@ -167,7 +168,7 @@ func (d *diagnosing) collect(ctx context.Context, before map[uint32]map[string]i
 		}
 	})
 	report.SortOldest(e.Conns)
-	if len(d.haproxies.netns) == 0 {
+	if len(d.haproxies.netns) == 0 && !e.Sampled {
 		e.Instants = &d.watch.counters.Instants
 	}
 	e.Lost = d.watch.counters.Lost + d.watch.counters.Missed

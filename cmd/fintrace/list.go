@@ -41,7 +41,14 @@ func listCommand(e env) *cobra.Command {
 	})}, "group-by", "count them by one or more of these")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		haproxies.netns = filter.Netns
-		conns, total, err := listConnections(cmd.Context(), e, rules, haproxies, filter)
+		out := json.NewEncoder(e.stdout)
+		conns, total, err := listConnections(cmd.Context(), rules, haproxies, filter, func(err error) {
+			e.notLookedAt(err)
+			if *asJSON {
+				// Were stdout closed, the connections would say so too.
+				_ = out.Encode(report.NewUnlooked(err))
+			}
+		})
 		if err != nil {
 			return err
 		}
@@ -57,7 +64,7 @@ func listCommand(e env) *cobra.Command {
 		case len(keys) > 0:
 			return printGroups(e, keys, report.GroupBy(conns, keys), *asJSON)
 		case *asJSON:
-			names, now, out := names(), probe.Now(), json.NewEncoder(e.stdout)
+			names, now := names(), probe.Now()
 			for i := range conns {
 				if err := out.Encode(report.NewRecord("", now, &conns[i], names)); err != nil {
 					return err
@@ -71,9 +78,9 @@ func listCommand(e env) *cobra.Command {
 }
 
 // listConnections returns the selected connections, the oldest first, and how
-// many there are in all.
-func listConnections(ctx context.Context, e env, rules limits.Rules, haproxies *haproxies, filter *track.Filter) (conns []track.Conn, total int, err error) {
-	p, err := openOrBare(e.notLookedAt)
+// many there are in all. Unlooked is told what could not be looked at.
+func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxies, filter *track.Filter, unlooked func(error)) (conns []track.Conn, total int, err error) {
+	p, err := openOrBare(unlooked)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -84,7 +91,7 @@ func listConnections(ctx context.Context, e env, rules limits.Rules, haproxies *
 		rules:     rules,
 		haproxies: haproxies,
 		notify:    func(*track.Notice) {},
-		warn:      e.notLookedAt,
+		warn:      unlooked,
 	}
 	if err := w.seed(ctx); err != nil {
 		return nil, 0, err

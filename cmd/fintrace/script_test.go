@@ -57,11 +57,17 @@ func TestKernelScript(t *testing.T) {
 				if neg || err != nil {
 					ts.Fatalf("usage: hold connections")
 				}
-				for range n {
-					c, err := hold(ts.Value(namespaceKey{}).(*kerneltest.Namespace))
+				ts.Value(namespaceKey{}).(*kerneltest.Namespace).Do(func() {
+					l, err := heldListener()
 					ts.Check(err)
-					ts.Defer(c.close)
-				}
+					defer l.Close()
+					for range n {
+						c, err := connectTo(l)
+						ts.Check(err)
+						ts.Defer(c.close)
+						ts.Check(c.shutdown())
+					}
+				})
 			},
 		},
 	})
@@ -169,12 +175,20 @@ func (h held) shutdown() error {
 	})
 }
 
-func connected() (h held, err error) {
-	l, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)})
+func connected() (held, error) {
+	l, err := heldListener()
 	if err != nil {
-		return h, err
+		return held{}, err
 	}
 	defer l.Close()
+	return connectTo(l)
+}
+
+func heldListener() (*net.TCPListener, error) {
+	return net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 200, 200, 200)})
+}
+
+func connectTo(l *net.TCPListener) (h held, err error) {
 	from := &net.TCPAddr{IP: net.IPv4(127, 200, 200, 201)}
 	if h.peer, err = net.DialTCP("tcp4", from, l.Addr().(*net.TCPAddr)); err != nil {
 		return h, err

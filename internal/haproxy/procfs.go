@@ -157,12 +157,16 @@ func (p procfs) stat(pid int) (ppid int, ticks uint64, ok bool) {
 	if err != nil {
 		return 0, 0, false
 	}
+	return parseStat(text)
+}
+
+func parseStat(text []byte) (ppid int, ticks uint64, ok bool) {
 	// The name before it may have anything in it.
 	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 	if len(fields) < 20 || strings.ContainsAny(fields[0], "ZXx") {
 		return 0, 0, false
 	}
-	ppid, err = strconv.Atoi(fields[1])
+	ppid, err := strconv.Atoi(fields[1])
 	ticks, tickErr := strconv.ParseUint(fields[19], 10, 64)
 	return ppid, ticks, err == nil && tickErr == nil
 }
@@ -174,7 +178,11 @@ func (p procfs) innerPID(pid int) (inner int, nested, ok bool) {
 	if err != nil {
 		return 0, false, false
 	}
-	_, line, found := strings.Cut(string(status), "\nNSpid:")
+	return parseInnerPID(pid, string(status))
+}
+
+func parseInnerPID(pid int, status string) (inner int, nested, ok bool) {
+	_, line, found := strings.Cut(status, "\nNSpid:")
 	if !found {
 		return pid, false, true
 	}
@@ -183,7 +191,7 @@ func (p procfs) innerPID(pid int) (inner int, nested, ok bool) {
 	if len(pids) == 0 {
 		return pid, false, true
 	}
-	inner, err = strconv.Atoi(pids[len(pids)-1])
+	inner, err := strconv.Atoi(pids[len(pids)-1])
 	return inner, len(pids) > 1, err == nil
 }
 
@@ -193,15 +201,18 @@ func (p procfs) environ(pid int) (env map[string]string, whole bool) {
 	if err != nil {
 		return nil, false
 	}
-	env = map[string]string{}
-	whole = len(text) <= maxEnvironment
+	return parseEnviron(text), len(text) <= maxEnvironment
+}
+
+func parseEnviron(text []byte) map[string]string {
+	env := map[string]string{}
 	for entry := range bytes.SplitSeq(text, []byte{0}) {
 		name, value, ok := strings.Cut(string(entry), "=")
 		if _, again := env[name]; ok && !again { // getenv(3) finds the first
 			env[name] = value
 		}
 	}
-	return env, whole
+	return env
 }
 
 // readSome reads the beginning of a file.

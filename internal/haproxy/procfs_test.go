@@ -54,6 +54,44 @@ func FuzzParseCommandLine(f *testing.F) {
 	})
 }
 
+func FuzzProcFiles(f *testing.F) {
+	f.Add("12 (a) b) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20", "Name:\tx\nNSpid:\t12\t1\nx", "A=1\x00B\x00A=2\x00=3")
+	f.Add("12 (z) Z 1", "Name:\tx\nNSpid:\n", "")
+	f.Add("", "Name:\tx\nNSpid:\tx", "\x00\x00")
+	f.Fuzz(func(t *testing.T, stat, status, environ string) {
+		if _, _, ok := parseStat([]byte(stat)); ok {
+			after := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+			if len(after) < 20 || strings.Contains(after[0], "Z") {
+				t.Errorf("%q is of a process that runs", stat)
+			}
+		}
+		if inner, nested, ok := parseInnerPID(7, status); ok && !nested && inner != 7 && !strings.Contains(status, "NSpid:") {
+			t.Errorf("%q is of %d", status, inner)
+		}
+		for name, value := range parseEnviron([]byte(environ)) {
+			if !strings.Contains(environ, name+"="+value) || strings.ContainsRune(name+value, 0) {
+				t.Errorf("%q is %q in %q", name, value, environ)
+			}
+		}
+	})
+}
+
+func FuzzParseAddress(f *testing.F) {
+	for _, s := range []string{"*:443", ":80-90", "[::1]:8080", "ipv6@:443", "stream+ipv4@10.0.0.1:1", "unix@/run/x", "fd@3", "10.0.0.1", "[::1", "a:+1", ":0"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		for _, needs := range []portRule{portNeeded, portOffset} {
+			if a, wrong := parseAddress(text, needs); wrong == "" && a.tcp && a.ip.IsValid() && a.ip.Zone() == "" && !strings.Contains(text, a.host) {
+				t.Errorf("%q is host %q", text, a.host)
+			}
+		}
+		if v, err := ParseVersion(text); err == nil && (v.Major == 0 || v.Text != text) {
+			t.Errorf("%q is version %+v", text, v)
+		}
+	})
+}
+
 func TestFindVersion(t *testing.T) {
 	const text = "\x00 version 3.0.11-1+deb13u3, released 2026/05/20\x00"
 	want := Version{3, 0, "3.0.11-1+deb13u3"}

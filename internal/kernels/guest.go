@@ -67,6 +67,7 @@ func setUp() error {
 		{"tmpfs", "/run", ""},
 		{"bpf", "/sys/fs/bpf", ""},
 		{"tracefs", "/sys/kernel/tracing", ""},
+		{"securityfs", "/sys/kernel/security", ""},
 		{"cgroup2", "/sys/fs/cgroup", ""},
 	} {
 		if err := os.MkdirAll(m.on, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {

@@ -43,17 +43,25 @@ const dist = "dist/kernels"
 // A kernel is one that fintrace is tested on; internal/kernels/fetch has the
 // packages.
 type kernel struct {
-	name     string // series-architecture
-	optional bool   // Debian may no longer have it
+	name     string   // series-architecture
+	lacks    []string // the features that it does not have, as fintrace calls them
+	optional bool     // Debian may no longer have it
 }
 
+const (
+	cookies = "socket cookie in tracing programs"
+	walk    = "walk of the socket tables"
+	stamps  = "entry stamp of minisocks"
+	misses  = "count of skipped events"
+)
+
 var kernels = []kernel{
-	{name: "5.10-amd64"},
-	{name: "6.1-amd64"},
-	{name: "6.12-amd64"},
+	{name: "5.10-amd64", lacks: []string{cookies, walk, stamps, misses}},
+	{name: "6.1-amd64", lacks: []string{walk, stamps}},
+	{name: "6.12-amd64", lacks: []string{stamps}},
 	{name: "6.18-amd64", optional: true},
 	{name: "7-amd64"},
-	{name: "6.1-arm64"},
+	{name: "6.1-arm64", lacks: []string{walk, stamps}},
 	{name: "7-arm64"},
 }
 
@@ -166,30 +174,34 @@ func fetch(ctx context.Context, wanted []kernel) (there []kernel, err error) {
 var testPackages = []string{"internal/kerneltest", "internal/probe", "cmd/fintrace"}
 
 // testsOfCommand are those of cmd/fintrace.
-const testsOfCommand = "^(TestKernel|TestFoundAtStart|TestListAgreesWithSS|TestLosses|TestChurn|TestKernelScript)$"
+const testsOfCommand = "^(TestKernel|TestFoundAtStart|TestListAgreesWithSS|TestLosses|TestChurn|TestKernelScript|TestBare|TestFeatures|TestJiffiesWrap)$"
 
 // steps is what runs in a guest; tests limits it to some of cmd/fintrace.
 func steps(tests string) []step {
-	of := func(pkg, pattern string) step {
-		return step{Name: pkg, Dir: "/src/" + pkg, Argv: []string{"/bin/" + filepath.Base(pkg) + ".test",
-			"-test.v", "-test.short", "-test.timeout=8m", "-test.run=" + pattern}}
+	of := func(pkg, pattern string, flags ...string) step {
+		return step{Name: pkg, Dir: "/src/" + pkg, Argv: append([]string{"/bin/" + filepath.Base(pkg) + ".test",
+			"-test.v", "-test.short", "-test.timeout=15m", "-test.run=" + pattern}, flags...)}
 	}
 	if tests != "" {
-		return []step{of("cmd/fintrace", tests)}
+		return []step{of("cmd/fintrace", tests, "-jiffies.wrap")}
 	}
-	all := []step{
+	all := []step{ // outputs says what they have to print
 		{Name: "version", Dir: "/", Argv: []string{"fintrace", "version", "--features"}},
 		{Name: "list", Dir: "/", Argv: []string{"fintrace", "list"}},
 		{Name: "diagnose", Dir: "/", Argv: []string{"fintrace", "diagnose", "--duration", "1s"}},
 	}
 	for _, pkg := range testPackages {
-		pattern := "."
 		if pkg == "cmd/fintrace" {
-			pattern = testsOfCommand
+			all = append(all, of(pkg, testsOfCommand, "-jiffies.wrap"))
+			continue
 		}
-		all = append(all, of(pkg, pattern))
+		all = append(all, of(pkg, "."))
 	}
-	return all
+	// What is locked stays so (kernel_lockdown(7)).
+	return append(all,
+		step{Name: "lockdown", Dir: "/", Argv: []string{"sh", "-c", "echo confidentiality >/sys/kernel/security/lockdown"}},
+		step{Name: "list-locked", Dir: "/", Argv: []string{"fintrace", "list"}},
+		step{Name: "diagnose-locked", Dir: "/", Argv: []string{"fintrace", "diagnose", "--duration", "1s"}})
 }
 
 // build makes the programs for an architecture, and returns their directory.
@@ -204,7 +216,7 @@ func build(ctx context.Context, arch string) (string, error) {
 	}
 	for _, args := range commands {
 		last := len(args) - 1
-		cmd := exec.CommandContext(ctx, "go", append(args[:last:last], "-trimpath", "-ldflags=-s -w", args[last])...)
+		cmd := exec.CommandContext(ctx, "go", append(args[:last:last], "-ldflags=-s -w", args[last])...)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("go %s: %w: %s", strings.Join(args, " "), err, out)

@@ -94,18 +94,80 @@ func read(k kernel, steps []step, out []byte, why string) *result {
 func (r *result) exit(words []string, text string) {
 	name, code := words[1], words[2]
 	seconds, _ := strconv.ParseFloat(words[3], 64)
-	// diagnose exits like a monitoring plugin: 3 is for not having been able to look.
-	ok := code == "0" || name == "diagnose" && (code == "1" || code == "2")
-	if !ok {
-		r.failed = append(r.failed, fmt.Sprintf("%s exited with %s:\n%s", name, code, text))
+	why := ""
+	if code != "0" {
+		why = "exited with " + code
+	} else if check := outputs[name]; check != nil {
+		why = check(r.kernel, text)
+	}
+	outcome := passed
+	if why != "" {
+		outcome = failed
+		r.failed = append(r.failed, fmt.Sprintf("%s %s:\n%s", name, why, text))
 	}
 	if !strings.Contains(name, "/") {
-		outcome := passed
-		if !ok {
-			outcome = failed
-		}
 		r.rows = append(r.rows, row{name: "fintrace " + name, outcome: outcome, seconds: seconds})
 	}
+}
+
+// outputs are checks of what fintrace prints on a kernel that has just been
+// started: "" or what is wrong.
+var outputs = map[string]func(k kernel, text string) string{
+	"version": checkFeatures,
+	"list": func(_ kernel, text string) string {
+		if text != "No connection is in FIN_WAIT2.\n" {
+			return "does not say that there is no connection, and nothing else"
+		}
+		return ""
+	},
+	"diagnose": func(_ kernel, text string) string {
+		if !strings.HasPrefix(text, "Nothing is stuck: no connection is in FIN_WAIT2.\n") {
+			return "does not say that nothing is stuck, and that it has seen all"
+		}
+		return ""
+	},
+	"list-locked": func(_ kernel, text string) string {
+		if !lockedDown.MatchString(text) || !strings.HasSuffix(text, "\nNo connection is in FIN_WAIT2.\n") {
+			return "does not say what is missing, and that there is no connection"
+		}
+		return ""
+	},
+	"diagnose-locked": func(_ kernel, text string) string {
+		if !lockedDown.MatchString(text) || !strings.HasPrefix(text, "Nothing that could be seen is stuck: no connection is in FIN_WAIT2.\n") {
+			return "does not say what is missing, and that nothing that could be seen is stuck"
+		}
+		return ""
+	},
+}
+
+// lockedDown is why there is no BPF, in lines of any width.
+var lockedDown = regexp.MustCompile(`what\s+only\s+BPF\s+shows:[^:]*:\s+this\s+kernel\s+is\s+locked\s+down`)
+
+// featureLine is one of `fintrace version --features`.
+var featureLine = regexp.MustCompile(`(?m)^(\S.*?) {2,}(yes|no|unknown) {2,}\S`)
+
+// checkFeatures: what a kernel is known to have is there, and what it is known to
+// lack is not.
+func checkFeatures(k kernel, text string) string {
+	there := map[string]string{}
+	for _, m := range featureLine.FindAllStringSubmatch(text, -1) {
+		there[m[1]] = m[2]
+	}
+	for _, name := range k.lacks {
+		if there[name] != "no" {
+			return fmt.Sprintf("says %q of %s, which this kernel lacks", there[name], name)
+		}
+		delete(there, name)
+	}
+	for name, is := range there {
+		if is != "yes" {
+			return fmt.Sprintf("says %q of %s, which this kernel has", is, name)
+		}
+	}
+	if len(there) == 0 {
+		return "names no feature"
+	}
+	return ""
 }
 
 func (r *result) passed() bool {

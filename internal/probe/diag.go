@@ -73,17 +73,27 @@ func (l *Lookup) Find(netns uint32, f events.Flow) (events.State, uint64, error)
 		return 0, 0, err
 	}
 	for _, a := range answers {
-		if len(a.Data) < diagAnswerCookie+8 {
-			return 0, 0, fmt.Errorf("an answer of %d bytes from sock_diag", len(a.Data))
-		}
-		// The kernel falls back to the listener that would take a SYN of this flow.
-		if state := events.State(a.Data[1]); state != events.Listen {
-			low := binary.NativeEndian.Uint32(a.Data[diagAnswerCookie:])
-			high := binary.NativeEndian.Uint32(a.Data[diagAnswerCookie+4:])
-			return state, uint64(high)<<32 | uint64(low), nil
+		state, cookie, err := decodeFound(a.Data)
+		if state != 0 || err != nil {
+			return state, cookie, err
 		}
 	}
 	return 0, 0, nil
+}
+
+// decodeFound reads the state and the cookie of an inet_diag_msg; 0 and 0 of a
+// listener: the kernel falls back to the one that would take a SYN of the flow.
+func decodeFound(message []byte) (events.State, uint64, error) {
+	if len(message) < diagAnswerCookie+8 {
+		return 0, 0, fmt.Errorf("an answer of %d bytes from sock_diag", len(message))
+	}
+	state := events.State(message[1])
+	if state == events.Listen {
+		return 0, 0, nil
+	}
+	low := binary.NativeEndian.Uint32(message[diagAnswerCookie:])
+	high := binary.NativeEndian.Uint32(message[diagAnswerCookie+4:])
+	return state, uint64(high)<<32 | uint64(low), nil
 }
 
 func (l *Lookup) dial(netns uint32) (*netlink.Conn, error) {

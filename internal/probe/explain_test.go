@@ -19,6 +19,7 @@ func TestExplain(t *testing.T) {
 		old      = host{root: true, btf: true, release: "5.9.16"}
 		ancient  = host{root: true, release: "4.19.0-27-amd64"}
 		barely   = host{root: true, btf: true, release: "5.10.0-rc7"}
+		locked   = host{root: true, btf: true, locked: true, release: "6.1.0-18-amd64"}
 		nameless = host{root: true, btf: true, release: "of unknown release"}
 
 		denied      = fmt.Errorf("load the BPF programs: map create: %w (MEMLOCK may be too low)", unix.EPERM)
@@ -46,6 +47,7 @@ func TestExplain(t *testing.T) {
 		{"new enough, yet something is missing", barely, unsupported, "this kernel (5.10.0-rc7) lacks something that fintrace needs: " + unsupported.Error()},
 		{"a release that is no number", nameless, unsupported, "this kernel (of unknown release) lacks something that fintrace needs: " + unsupported.Error()},
 		{"the verifier's EACCES is not about permission", user, rejected, rejected.Error()},
+		{"locked down", locked, rejected, "this kernel is locked down (confidentiality): no BPF program may read its memory"},
 		{"nothing to be done", good, full, full.Error()},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -21,6 +21,9 @@ type Feature struct {
 	Means string // what is done with it, or what is done without it
 }
 
+// noBPF is what is done without something that nothing else can take the place of.
+const noBPF = "no BPF: list and diagnose ask sock_diag and /proc, trace and daemon cannot run"
+
 // Features asks the kernel that runs what it has. What it may not be asked has
 // an error.
 func Features() []Feature {
@@ -31,22 +34,26 @@ func Features() []Feature {
 	}
 	var found []Feature
 	for _, q := range []question{
-		{"types of the kernel (BTF)", hasTypes,
-			"one program for every kernel", "no BPF: trace, list, diagnose and daemon cannot run"},
-		{"tracing programs", has(func() error { return features.HaveProgramType(ebpf.Tracing) }),
-			"events of inet_sock_set_state, and the socket tables by iter/tcp", "no BPF: trace, list, diagnose and daemon cannot run"},
+		{"types of the kernel (BTF)", hasTypes, "one program for every kernel", noBPF},
+		{"tracing programs", has(hasTracing),
+			"events of inet_sock_set_state, and the socket tables by iter/tcp", noBPF},
 		{"ring buffer", has(func() error { return features.HaveMapType(ebpf.RingBuf) }),
-			"events in order, over all processors", "no BPF: trace, list, diagnose and daemon cannot run"},
+			"events in order, over all processors", noBPF},
 		{"socket cookie in tracing programs", tracingHasCookie,
 			"a connection is known by its cookie", "a connection is known by network namespace, both ends and device"},
+		{"walk of the socket tables", canWalk,
+			"socket tables are read without a lock, by iter/tcp only for what has no cookie yet", "socket tables are read by iter/tcp alone"},
 		{"entry stamp of minisocks", hasEntryStamp,
 			"minisocks that were there before are dated exactly", "minisocks that were there before are dated by their timer: a lower bound"},
 		{"count of skipped events", countsMisses,
 			"events that the kernel skips are counted", "events that the kernel skips are not counted, and found missing by the next look"},
 	} {
 		there, err := q.ask()
-		f := Feature{Name: q.name, There: there, Err: err, Means: q.without}
-		if there {
+		f := Feature{Name: q.name, There: there, Means: q.without}
+		switch {
+		case err != nil:
+			f.Err = thisHost().explain(err)
+		case there:
 			f.Means = q.with
 		}
 		found = append(found, f)
@@ -76,16 +83,24 @@ func hasTypes() (bool, error) {
 	return err == nil, err
 }
 
+// hasTracing loads a program for the tracepoint that fintrace's is for. What
+// cilium/ebpf asks is whether there is fentry, which may be refused by itself.
+func hasTracing() error {
+	_, err := loads()
+	return err
+}
+
 // tracingHasCookie loads a program that asks for the cookie.
 func tracingHasCookie() (bool, error) {
+	return loads(asm.LoadMem(asm.R1, asm.R1, 0, asm.DWord), asm.FnGetSocketCookie.Call())
+}
+
+// loads says whether the kernel has the helpers that these instructions call in
+// a program for the tracepoint.
+func loads(instructions ...asm.Instruction) (bool, error) {
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.Tracing, AttachType: ebpf.AttachTraceRawTp, AttachTo: "inet_sock_set_state", License: "Dual BSD/GPL",
-		Instructions: asm.Instructions{
-			asm.LoadMem(asm.R1, asm.R1, 0, asm.DWord),
-			asm.FnGetSocketCookie.Call(),
-			asm.Mov.Imm(asm.R0, 0),
-			asm.Return(),
-		},
+		Instructions: append(instructions, asm.Mov.Imm(asm.R0, 0), asm.Return()),
 	})
 	if errors.Is(err, unix.EINVAL) { // unknown func
 		return false, nil

@@ -356,6 +356,9 @@ func FuzzDecodeDiag(f *testing.F) {
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, message []byte) {
 		s, err := decodeDiag(message)
+		if state, cookie, e := decodeFound(message); err == nil && state != 0 && (e != nil || state != s.State || cookie != s.Cookie) {
+			t.Errorf("found in %v with cookie %x, %v", state, cookie, e)
+		}
 		if err != nil {
 			return
 		}
@@ -399,6 +402,17 @@ func TestDecodeDiag(t *testing.T) {
 			t.Errorf("%v\n%+v, want\n%+v", err, got, want)
 		}
 	}
+}
+
+func FuzzCgroup(f *testing.F) {
+	f.Add("12:pids:/a\n0::/system.slice/haproxy.service\n")
+	f.Add("0::/../other\n0::/\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		path, ok := cgroup2(text)
+		if ok && (!strings.Contains(text, "0::"+path) || strings.HasPrefix(path, "/..") || strings.Contains(path, "\n")) {
+			t.Errorf("the cgroup %q in %q", path, text)
+		}
+	})
 }
 
 func FuzzPairedLines(f *testing.F) {

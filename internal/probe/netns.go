@@ -52,7 +52,7 @@ func findNamespaces() (namespaces, error) {
 		path := filepath.Join("/proc", e.Name(), "ns/net")
 		target, err := os.Readlink(path)
 		switch {
-		case errors.Is(err, fs.ErrPermission):
+		case errors.Is(err, fs.ErrPermission), err == nil && target == "": // "" is how Linux 5.10 refuses
 			found.hidden = true
 			continue
 		case err != nil:

@@ -174,16 +174,23 @@ const cgroupRoot = "/sys/fs/cgroup"
 // cgroupID is the cgroup2 id of the process whose /proc/PID/cgroup this is: the
 // inode of its directory (kernfs), which is what bpf_get_current_cgroup_id gives.
 func cgroupID(text string) uint64 {
-	for line := range strings.Lines(text) {
-		// One that begins with .. is outside our cgroup namespace (cgroup_namespaces(7)).
-		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok && !strings.HasPrefix(path, "/..") {
-			var st unix.Stat_t
-			if unix.Stat(filepath.Join(cgroupRoot, path), &st) == nil {
-				return st.Ino
-			}
-		}
+	var st unix.Stat_t
+	if path, ok := cgroup2(text); ok && unix.Stat(filepath.Join(cgroupRoot, path), &st) == nil {
+		return st.Ino
 	}
 	return 0
+}
+
+// cgroup2 is the path of the cgroup2 in what /proc/PID/cgroup says.
+func cgroup2(text string) (path string, ok bool) {
+	for line := range strings.Lines(text) {
+		// One that begins with .. is outside our cgroup namespace (cgroup_namespaces(7)).
+		path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::")
+		if ok && !strings.HasPrefix(path, "/..") {
+			return path, true
+		}
+	}
+	return "", false
 }
 
 // CgroupPath is the path below the cgroup2 root of a cgroup id, "" if it is

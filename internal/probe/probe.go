@@ -290,12 +290,16 @@ type host struct {
 	root    bool
 	btf     bool   // the kernel shows its types
 	release string // of the kernel
+	locked  bool   // the kernel lets nobody read its memory (kernel_lockdown(7), confidentiality)
 }
 
 func thisHost() host {
 	h := host{root: os.Geteuid() == 0, release: "of unknown release"}
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err == nil {
 		h.btf = true
+	}
+	if mode, err := os.ReadFile("/sys/kernel/security/lockdown"); err == nil {
+		h.locked = strings.Contains(string(mode), "[confidentiality]")
 	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
@@ -310,6 +314,8 @@ func (h host) explain(err error) error {
 	switch {
 	case h.tooOld():
 		return hint{fmt.Sprintf("this kernel (%s) is too old: fintrace needs Linux %d.%d or later", h.release, oldest[0], oldest[1]), err}
+	case h.locked && (errors.As(err, &rejected) || errors.Is(err, unix.EPERM)):
+		return hint{"this kernel is locked down (confidentiality): no BPF program may read its memory", err}
 	case errors.As(err, &rejected):
 		return err
 	case (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)) && !h.root:

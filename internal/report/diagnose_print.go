@@ -35,6 +35,7 @@ type Figures struct {
 	instants     *uint64
 	closeWait    int
 	tables       []Table
+	sampled      bool
 	lost         uint64
 	unlooked     []string
 }
@@ -63,7 +64,7 @@ const (
 func newFigures(e *Evidence, past int) Figures {
 	f := Figures{names: Names{Wall: e.Wall, Netns: e.Netns, Cgroup: func(uint64) string { return "" }}, began: e.Began, ended: e.Ended,
 		states: e.States, total: len(e.Conns), past: past, entered: len(e.Arrivals), left: len(e.Departures),
-		ends: map[events.End]int{}, instants: e.Instants, closeWait: len(e.CloseWait), tables: e.Tables, lost: e.Lost}
+		ends: map[events.End]int{}, instants: e.Instants, closeWait: len(e.CloseWait), tables: e.Tables, sampled: e.Sampled, lost: e.Lost}
 	all := make([]*track.Conn, len(e.Conns))
 	for i := range e.Conns {
 		c := &e.Conns[i]
@@ -261,6 +262,10 @@ func (f *Figures) rates() string {
 	if f.watched() <= 0 {
 		return "Not watched: how fast they come and go is not known."
 	}
+	if f.sampled {
+		return fmt.Sprintf("Looked at the sockets for %s, without BPF: at least %d came, and %d left; how many more in between is not known.",
+			Duration(f.watched()), f.entered, f.left)
+	}
 	perSecond := func(n int) string { return fmt.Sprintf("%.2g/s", float64(n)/f.watched().Seconds()) }
 	text := fmt.Sprintf("Watched for %s: %d came (%s), %d left (%s", Duration(f.watched()), f.entered, perSecond(f.entered), f.left, perSecond(f.left))
 	for _, e := range events.Ends() {
@@ -348,9 +353,11 @@ func Nagios(d Diagnosis) string {
 		fmt.Sprintf("minisock=%d;;;0", f.stages[events.Minisock]),
 		fmt.Sprintf("close_wait=%d;;;0", f.closeWait),
 		fmt.Sprintf("oldest=%.0fs;;;0", oldest.Seconds()),
-		fmt.Sprintf("lost=%d;;;0", f.lost),
 	}
-	if f.watched() > 0 {
+	if !f.sampled {
+		data = append(data, fmt.Sprintf("lost=%d;;;0", f.lost))
+	}
+	if f.watched() > 0 && !f.sampled {
 		data = append(data, fmt.Sprintf("entered_per_second=%.3f;;;0", float64(f.entered)/f.watched().Seconds()),
 			fmt.Sprintf("left_per_second=%.3f;;;0", float64(f.left)/f.watched().Seconds()))
 	}
@@ -364,7 +371,14 @@ func Nagios(d Diagnosis) string {
 		}, l.what)
 		data = append(data, fmt.Sprintf("'slots_%s'=%d;;;0;%d", name, l.held, l.limit))
 	}
-	text := fmt.Sprintf("FINTRACE %s - %s | %s", word, strings.ReplaceAll(d.Verdict[0], "|", "/"), strings.ReplaceAll(strings.Join(data, " "), "|", "/"))
+	verdict := d.Verdict[0]
+	if n := len(f.unlooked); n > 0 {
+		verdict += " Not looked at: " + f.unlooked[0]
+		if n > 1 {
+			verdict += fmt.Sprintf("; and %d more", n-1)
+		}
+	}
+	text := fmt.Sprintf("FINTRACE %s - %s | %s", word, strings.ReplaceAll(verdict, "|", "/"), strings.ReplaceAll(strings.Join(data, " "), "|", "/"))
 	return Clean(text)
 }
 
@@ -412,6 +426,7 @@ func (f *Figures) MarshalJSON() ([]byte, error) {
 	type rates struct {
 		Entered  int            `json:"entered"`
 		Left     int            `json:"left"`
+		AtLeast  bool           `json:"at_least,omitempty"` // Entered and Left are lower bounds
 		Instants *uint64        `json:"instants,omitempty"`
 		In       *float64       `json:"entered_per_second,omitempty"`
 		Out      *float64       `json:"left_per_second,omitempty"`
@@ -432,14 +447,17 @@ func (f *Figures) MarshalJSON() ([]byte, error) {
 		Slots     []slotsRecord           `json:"slots"`
 		Rates     rates                   `json:"rates"`
 		Tables    []tableRecord           `json:"tables"`
-		Lost      uint64                  `json:"lost"`
+		Lost      *uint64                 `json:"lost,omitempty"`
 		Unlooked  []string                `json:"not_looked_at"`
 	}{
 		Began: f.names.Wall(f.began), Ended: f.names.Wall(f.ended), Watched: f.watched().Seconds(),
 		Total: f.total, Stages: map[string]int{}, Past: f.past, CloseWait: f.closeWait, Oldest: []Record{},
 		Groups: map[string]groupsRecord{}, Ages: []ageRecord{}, Slots: []slotsRecord{}, Tables: []tableRecord{},
-		Rates: rates{Entered: f.entered, Left: f.left, Instants: f.instants, Ends: map[string]int{}},
-		Lost:  f.lost, Unlooked: append([]string{}, f.unlooked...),
+		Rates:    rates{Entered: f.entered, Left: f.left, AtLeast: f.sampled, Instants: f.instants, Ends: map[string]int{}},
+		Unlooked: append([]string{}, f.unlooked...),
+	}
+	if !f.sampled {
+		record.Lost = &f.lost
 	}
 	if f.states != nil {
 		record.States = map[string]int{}
@@ -486,7 +504,7 @@ func (f *Figures) MarshalJSON() ([]byte, error) {
 		}
 		record.Slots = append(record.Slots, s)
 	}
-	if seconds := f.watched().Seconds(); seconds > 0 {
+	if seconds := f.watched().Seconds(); seconds > 0 && !f.sampled {
 		in, out := float64(f.entered)/seconds, float64(f.left)/seconds
 		record.Rates.In, record.Rates.Out = &in, &out
 	}

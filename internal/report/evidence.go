@@ -35,6 +35,9 @@ type Evidence struct {
 	OwnNetns uint32
 	Netns    func(inode uint32) string // "" if it has no name
 
+	// Sampled: without BPF there are no records, only looks at the sockets. What
+	// came and went between two is not in Arrivals and Departures.
+	Sampled  bool
 	Lost     uint64   // records that were lost, or skipped by the kernel
 	Unlooked []string // what could not be looked at, a line each
 }

@@ -50,6 +50,16 @@ type Record struct {
 	HAProxy     *Place    `json:"haproxy,omitempty"`
 }
 
+// Unlooked is something that could not be looked at, as JSON, where nothing else
+// says that something may be missing.
+type Unlooked struct {
+	Kind string `json:"kind"` // "not_looked_at"
+	Text string `json:"text"`
+}
+
+// NewUnlooked is the record of what could not be looked at, and why.
+func NewUnlooked(err error) Unlooked { return Unlooked{"not_looked_at", err.Error()} }
+
 // Place is where in HAProxy a connection belongs, as JSON.
 type Place struct {
 	Proxy   string   `json:"proxy,omitempty"`
