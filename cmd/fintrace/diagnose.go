@@ -263,7 +263,10 @@ func (d *diagnosing) closeWait(sockets []events.Socket) {
 	for i := range sockets {
 		inodes[sockets[i].Inode] = true
 	}
-	owners := probe.Owners(inodes)
+	owners, hidden := probe.Owners(inodes)
+	if hidden != nil {
+		d.unlooked(hidden)
+	}
 	rules := limits.Rules{HAProxy: d.haproxies.view}
 	for i := range sockets {
 		s := &sockets[i]

@@ -4,6 +4,9 @@ package probe
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -16,16 +19,20 @@ import (
 
 // Owners looks through /proc/PID/fd for the processes that hold the sockets
 // with these inodes. A socket that several processes hold is given to the one
-// with the lowest pid. Those it cannot find, or may not see, are absent.
-func Owners(inodes map[uint64]bool) map[uint64]events.Process {
+// with the lowest pid. Those it cannot find, or may not see, are absent; the
+// error says, in one line, which processes it may not look at.
+func Owners(inodes map[uint64]bool) (map[uint64]events.Process, error) {
 	owners := make(map[uint64]events.Process, len(inodes))
 	if len(inodes) == 0 {
-		return owners
+		return owners, nil
 	}
+	hidden := false
 	for _, pid := range pids() {
 		dir := filepath.Join("/proc", strconv.FormatUint(uint64(pid), 10))
 		var process events.Process // read when a socket is found
-		for _, inode := range socketInodes(dir) {
+		found, err := socketInodes(dir)
+		hidden = hidden || errors.Is(err, fs.ErrPermission)
+		for _, inode := range found {
 			if !inodes[inode] {
 				continue
 			}
@@ -38,7 +45,18 @@ func Owners(inodes map[uint64]bool) map[uint64]events.Process {
 			owners[inode] = process
 		}
 	}
-	return owners
+	var lacks []string
+	if !may(unix.CAP_DAC_READ_SEARCH) && !may(unix.CAP_DAC_OVERRIDE) {
+		lacks = append(lacks, "CAP_DAC_READ_SEARCH")
+	}
+	if !may(unix.CAP_SYS_PTRACE) {
+		lacks = append(lacks, "CAP_SYS_PTRACE")
+	}
+	// With both a security module hides them, single ones and for good.
+	if !hidden || len(lacks) == 0 {
+		return owners, nil
+	}
+	return owners, fmt.Errorf("what processes of other users hold: no permission (%s)", strings.Join(lacks, ", "))
 }
 
 func pids() []uint32 {
@@ -55,19 +73,20 @@ func pids() []uint32 {
 	return found
 }
 
-// socketInodes lists the sockets that the process under dir has open.
-func socketInodes(dir string) []uint64 {
+// socketInodes lists the sockets that the process under dir has open. What was
+// read before an error is as good.
+func socketInodes(dir string) (inodes []uint64, err error) {
 	f, err := os.Open(filepath.Join(dir, "fd"))
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	defer f.Close()
-	names, _ := f.Readdirnames(-1) // What was read before the process went is as good.
-	var inodes []uint64
+	names, _ := f.Readdirnames(-1)
 	var link [64]byte
 	for _, name := range names {
-		n, err := unix.Readlinkat(int(f.Fd()), name, link[:])
-		if err != nil {
+		n, e := unix.Readlinkat(int(f.Fd()), name, link[:])
+		if e != nil {
+			err = e
 			continue
 		}
 		if digits, ok := bytes.CutPrefix(link[:n], []byte("socket:[")); ok {
@@ -77,7 +96,7 @@ func socketInodes(dir string) []uint64 {
 			}
 		}
 	}
-	return inodes
+	return inodes, err
 }
 
 func readProcess(dir string, pid uint32) events.Process {
