@@ -124,7 +124,7 @@ func (d *diagnosing) run(ctx context.Context) (diagnosis report.Diagnosis, err e
 func (d *diagnosing) print(diagnosis report.Diagnosis) error {
 	switch d.output {
 	case "json":
-		return json.NewEncoder(d.env.stdout).Encode(diagnosis)
+		return json.NewEncoder(report.JSONWriter(d.env.stdout)).Encode(diagnosis)
 	case "nagios":
 		_, err := fmt.Fprintln(d.env.stdout, report.Nagios(diagnosis))
 		return err

@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 			unix.Pause()
 		}
 	}
-	programs := map[string]func(){"fintrace": main, "unprivileged": unprivileged, "trespassing": trespassing}
+	programs := map[string]func(){"fintrace": main, "unprivileged": unprivileged, "trespassing": trespassing, "named": named}
 	maps.Copy(programs, labPrograms)
 	testscript.Main(tests{m}, programs)
 }

@@ -57,7 +57,7 @@ func listCommand(e env) *cobra.Command {
 		case len(keys) > 0:
 			return printGroups(e, keys, report.GroupBy(conns, keys), *asJSON)
 		case *asJSON:
-			names, now, out := names(), probe.Now(), json.NewEncoder(e.stdout)
+			names, now, out := names(), probe.Now(), json.NewEncoder(report.JSONWriter(e.stdout))
 			for i := range conns {
 				if err := out.Encode(report.NewRecord("", now, &conns[i], names)); err != nil {
 					return err
@@ -104,7 +104,7 @@ func printGroups(e env, keys []string, groups []report.Group, asJSON bool) error
 	if !asJSON {
 		return report.Groups(e.stdout, keys, groups, e.style())
 	}
-	out := json.NewEncoder(e.stdout)
+	out := json.NewEncoder(report.JSONWriter(e.stdout))
 	for _, g := range groups {
 		if err := out.Encode(report.GroupRecord(keys, g)); err != nil {
 			return err

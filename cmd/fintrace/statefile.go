@@ -12,6 +12,7 @@ import (
 	"os"
 
 	"github.com/fintrace/fintrace/internal/alert"
+	"github.com/fintrace/fintrace/internal/report"
 	"github.com/fintrace/fintrace/internal/sandbox"
 )
 
@@ -79,7 +80,7 @@ func (s *stateFile) write(p pending) {
 	}
 	text, err := json.Marshal(p.saved)
 	if err == nil {
-		err = sandbox.ReplaceFile(p.path, append(text, '\n'))
+		err = sandbox.ReplaceFile(p.path, append(report.EscapeJSON(text), '\n'))
 	}
 	if err != nil && !s.failed {
 		s.log.Warn("which alerts fire cannot be kept: after a restart they fire anew", "error", err)
