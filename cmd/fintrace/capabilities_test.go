@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -71,6 +72,7 @@ func lacks(t *testing.T) (rows []lack) {
 func TestCapabilities(t *testing.T) {
 	kerneltest.Require(t)
 	haproxytest.System(t)
+	t.Parallel()
 	ns := kerneltest.NewNamespace(t)
 	holdSome(t, ns, 3)
 	own, err := connected() // in the namespace of all these commands
@@ -108,6 +110,10 @@ func TestCapabilities(t *testing.T) {
 					if !strings.Contains(said, want) {
 						t.Errorf("it does not say %q:\n%s", want, said)
 					}
+				}
+				if command == "daemon" && !slices.Contains(row.says, "no permission to use BPF") &&
+					!(strings.Contains(said, "msg=confined") && strings.Contains(said, "missing=[]") && strings.Contains(said, "msg=watching")) {
+					t.Errorf("it does not watch:\n%s", said)
 				}
 			})
 		}

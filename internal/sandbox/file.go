@@ -26,7 +26,8 @@ const doorFlags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW |
 
 // ReplaceFile puts a file in the place of another, which only its owner may read:
 // there is always the one or the other, whole. In a confined process nothing else
-// can open a file for writing, or create, rename or remove one.
+// can open a file for writing, or create, rename or remove one; a socket can be
+// bound to a new name.
 func ReplaceFile(path string, content []byte) (err error) {
 	temporary := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%s.%d", filepath.Base(path), os.Getpid()))
 	defer func() {
