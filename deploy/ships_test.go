@@ -92,7 +92,7 @@ func TestUnitLetsItWork(t *testing.T) {
 	if got := setting(unit, "DynamicUser"); got != nil {
 		t.Errorf("DynamicUser=%s implies RestrictSUIDSGID", got)
 	}
-	for _, call := range []string{"bpf", "open_by_handle_at"} {
+	for _, call := range []string{"bpf", "open_by_handle_at", "capset", "seccomp"} {
 		filters := setting(unit, "SystemCallFilter")
 		if !slices.Contains(strings.Fields(filters[len(filters)-1]), call) {
 			t.Errorf("the last SystemCallFilter does not allow %s", call)

@@ -64,6 +64,10 @@ var rooms = map[string]room{
 		may: []string{module + "internal/events", "github.com/cilium/ebpf", "github.com/mdlayher/netlink", "golang.org/x/sys/unix"},
 		why: "it reports facts, and decides nothing about them",
 	},
+	"internal/sandbox": {
+		may: []string{"golang.org/x/net/bpf", "golang.org/x/sys/unix", "kernel.org/pub/linux/libs/security/libcap/psx"},
+		why: "it takes from the process what it is told to, and knows nothing of what that does",
+	},
 	"internal/kernels": {
 		may: []string{"golang.org/x/sync/errgroup", "golang.org/x/sys/unix"},
 		why: "it boots kernels and runs programs, and has to know nothing of what those do",

@@ -124,7 +124,7 @@ func (c *checking) print(findings []report.Finding, summary report.CheckSummary)
 	if !c.asJSON {
 		return report.PrintCheck(c.env.stdout, findings, summary, c.env.style())
 	}
-	out := json.NewEncoder(c.env.stdout)
+	out := json.NewEncoder(report.JSONWriter(c.env.stdout))
 	for _, f := range findings {
 		if err := out.Encode(f); err != nil {
 			return err

@@ -92,6 +92,7 @@ type daemon struct {
 	own     uint32       // network namespace
 
 	config  *config.Config
+	probe   *probe.Probe
 	server  *server
 	watch   *watch
 	names   *hostNames
@@ -151,6 +152,7 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
 
+	d.probe = p
 	d.metrics = metrics.New(metrics.BuildInfo{Version: version(), Revision: revision()})
 	d.names = newHostNames()
 	d.asked = make(chan func())

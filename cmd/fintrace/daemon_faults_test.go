@@ -468,6 +468,17 @@ func TestDaemonReload(t *testing.T) {
 	if _, is := d.metric("fintrace_sink_up", "sink=webhook"); is {
 		t.Error("the webhook is still in the metrics")
 	}
+
+	elsewhere := filepath.Join(t.TempDir(), "alerts.json")
+	if moved := d.reload(strings.Replace(config("1s", there, ""), "alerts: {", "alerts: {state_file: "+elsewhere+", ", 1)); moved.Level != "INFO" {
+		t.Error(moved.Text)
+	}
+	if err := await("the state to be kept elsewhere", func() bool {
+		_, err := os.Stat(elsewhere)
+		return err == nil
+	}); err != nil {
+		t.Error(err)
+	}
 	if err := d.end(); err != nil {
 		t.Error(err)
 	}

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"slices"
 	"time"
@@ -12,18 +13,53 @@ import (
 	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 
+	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/report"
+	"github.com/fintrace/fintrace/internal/sandbox"
 )
 
-// loop attaches, and goes on until ctx ends.
+// loop attaches, gives up what it needs no longer, and goes on until ctx ends.
 func (d *daemon) loop(ctx context.Context) error {
-	if err := d.watch.start(ctx); err != nil {
+	if err := d.probe.Attach(); err != nil {
+		return err
+	}
+	d.confine()
+	if err := d.watch.seed(ctx); err != nil {
 		return err
 	}
 	d.log.Info("watching", "connections", d.watch.tracker.Len(), "namespaces", len(d.watch.covered),
 		"haproxies", len(d.watch.haproxies.found.Processes))
 	d.tell(systemd.SdNotifyReady)
 	return d.watch.run(ctx)
+}
+
+// confine gives up what is needed no longer, and says what is left. It comes before
+// the first file of another process is opened: one on a disk that hangs would keep
+// a thread, and all of them have to take part.
+func (d *daemon) confine() {
+	p := sandbox.Confine(sandbox.Needs{
+		Capabilities: []int{
+			unix.CAP_SYS_ADMIN,        // setns
+			unix.CAP_SYS_PTRACE,       // /proc of other processes
+			unix.CAP_DAC_READ_SEARCH,  // their files; cgroups by number
+			unix.CAP_DAC_OVERRIDE,     // runtime sockets that are not its own
+			unix.CAP_NET_BIND_SERVICE, // another listener
+			unix.CAP_BPF,
+		},
+		// Before 5.19 nothing can be asked of BPF without, where it is not for
+		// everybody (kernel.unprivileged_bpf_disabled).
+		Spare:   []int{unix.CAP_BPF},
+		Works:   func() error { _, err := d.probe.Counters(); return err },
+		OpenHow: haproxy.OpenHow(),
+	})
+	level, calls := slog.LevelInfo, "filtered"
+	if len(p.Missing) > 0 {
+		level = slog.LevelWarn
+	}
+	if !p.Filtered {
+		calls = "all"
+	}
+	d.log.Log(context.Background(), level, "confined", "capabilities", p.Capabilities, "system_calls", calls, "missing", p.Missing)
 }
 
 // tell tells systemd, where it has started us. That it does not listen is no

@@ -125,7 +125,7 @@ func (d *diagnosing) run(ctx context.Context) (diagnosis report.Diagnosis, err e
 func (d *diagnosing) print(diagnosis report.Diagnosis) error {
 	switch d.output {
 	case "json":
-		return json.NewEncoder(d.env.stdout).Encode(diagnosis)
+		return json.NewEncoder(report.JSONWriter(d.env.stdout)).Encode(diagnosis)
 	case "nagios":
 		_, err := fmt.Fprintln(d.env.stdout, report.Nagios(diagnosis))
 		return err
@@ -264,7 +264,10 @@ func (d *diagnosing) closeWait(sockets []events.Socket) {
 	for i := range sockets {
 		inodes[sockets[i].Inode] = true
 	}
-	owners := probe.Owners(inodes)
+	owners, hidden := probe.Owners(inodes)
+	if hidden != nil {
+		d.unlooked(hidden)
+	}
 	rules := limits.Rules{HAProxy: d.haproxies.view}
 	for i := range sockets {
 		s := &sockets[i]

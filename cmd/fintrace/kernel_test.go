@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 			unix.Pause()
 		}
 	}
-	programs := map[string]func(){"fintrace": main, "unprivileged": unprivileged}
+	programs := map[string]func(){"fintrace": main, "unprivileged": unprivileged, "trespassing": trespassing, "named": named}
 	maps.Copy(programs, labPrograms)
 	maps.Copy(programs, faultPrograms)
 	testscript.Main(tests{m}, programs)

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -41,7 +42,8 @@ func listCommand(e env) *cobra.Command {
 	})}, "group-by", "count them by one or more of these")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		haproxies.netns = filter.Netns
-		out := json.NewEncoder(e.stdout)
+		buffered := bufio.NewWriter(e.stdout)
+		out := json.NewEncoder(report.JSONWriter(buffered))
 		conns, total, err := listConnections(cmd.Context(), rules, haproxies, filter, func(err error) {
 			e.notLookedAt(err)
 			if *asJSON {
@@ -70,7 +72,7 @@ func listCommand(e env) *cobra.Command {
 					return err
 				}
 			}
-			return nil
+			return buffered.Flush()
 		}
 		return report.List(e.stdout, conns, e.style())
 	}
@@ -111,7 +113,7 @@ func printGroups(e env, keys []string, groups []report.Group, asJSON bool) error
 	if !asJSON {
 		return report.Groups(e.stdout, keys, groups, e.style())
 	}
-	out := json.NewEncoder(e.stdout)
+	out := json.NewEncoder(report.JSONWriter(e.stdout))
 	for _, g := range groups {
 		if err := out.Encode(report.GroupRecord(keys, g)); err != nil {
 			return err

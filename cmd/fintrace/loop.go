@@ -266,7 +266,9 @@ func (w *watch) reconcile(ctx context.Context) error {
 				return drained
 			})
 		})
-		findOwners(unowned)
+		if hidden := findOwners(unowned); hidden != nil {
+			cov.Skipped = append(cov.Skipped, hidden.Error())
+		}
 	})
 	if err := errors.Join(drained, w.drain()); err != nil {
 		return err
@@ -370,16 +372,18 @@ func processorTime() time.Duration {
 	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
-// findOwners names the processes that hold these sockets.
-func findOwners(sockets []events.Socket) {
+// findOwners names the processes that hold these sockets. The error says which
+// could not be looked at.
+func findOwners(sockets []events.Socket) error {
 	inodes := make(map[uint64]bool, len(sockets))
 	for i := range sockets {
 		inodes[sockets[i].Inode] = true
 	}
-	owners := probe.Owners(inodes)
+	owners, err := probe.Owners(inodes)
 	for i := range sockets {
 		sockets[i].Process = owners[sockets[i].Inode]
 	}
+	return err
 }
 
 // openOrBare opens the probe, without BPF where that cannot be used: warn is told

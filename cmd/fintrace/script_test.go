@@ -12,9 +12,9 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -215,7 +215,8 @@ func awaitFor(most time.Duration, what string, done func() bool) error {
 }
 
 // unprivileged is a command that runs fintrace as somebody who is not root and
-// cannot look into the directory where the test's binary is.
+// cannot look into the directory where the test's binary is. With capabilitiesEnv
+// they have those capabilities, and hand them on.
 func unprivileged() {
 	fail := func(err error) {
 		fmt.Fprintln(os.Stderr, "unprivileged:", err)
@@ -229,12 +230,34 @@ func unprivileged() {
 	if err != nil {
 		fail(err)
 	}
-	const nobody = 65534
-	if err := errors.Join(syscall.Setgroups(nil), syscall.Setgid(nobody), syscall.Setuid(nobody)); err != nil {
+	mask, err := strconv.ParseUint("0"+os.Getenv(capabilitiesEnv), 10, 64)
+	if err != nil {
 		fail(err)
+	}
+	runtime.LockOSThread() // which is the one that goes on as fintrace
+	_, _, groups := unix.RawSyscall(unix.SYS_SETGROUPS, 0, 0, 0)
+	_, _, gid := unix.RawSyscall(unix.SYS_SETRESGID, nobody, nobody, nobody)
+	keep := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0)
+	_, _, uid := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody)
+	low, high := uint32(mask), uint32(mask>>32)
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	data := [2]unix.CapUserData{{Effective: low, Permitted: low, Inheritable: low}, {Effective: high, Permitted: high, Inheritable: high}}
+	if err := errors.Join(firstOf(groups, gid, uid), keep, unix.Capset(&header, &data[0])); err != nil {
+		fail(err)
+	}
+	for n := range 64 {
+		if mask&(1<<n) == 0 {
+			continue
+		}
+		if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(n), 0, 0); err != nil {
+			fail(fmt.Errorf("hand on capability %d: %w", n, err))
+		}
 	}
 	fail(unix.Exec(fmt.Sprintf("/proc/self/fd/%d", fd), append([]string{"fintrace"}, os.Args[1:]...), os.Environ()))
 }
+
+// capabilitiesEnv has a bit for each capability, as a number.
+const capabilitiesEnv = "FINTRACE_TEST_CAPABILITIES"
 
 // TestCommands asks every command for its help.
 func TestCommands(t *testing.T) {

@@ -11,9 +11,9 @@ import (
 	"log/slog"
 	"os"
 
-	"github.com/google/renameio/v2"
-
 	"github.com/fintrace/fintrace/internal/alert"
+	"github.com/fintrace/fintrace/internal/report"
+	"github.com/fintrace/fintrace/internal/sandbox"
 )
 
 // stateFile keeps which alerts fire across restarts. It is written beside the
@@ -80,8 +80,7 @@ func (s *stateFile) write(p pending) {
 	}
 	text, err := json.Marshal(p.saved)
 	if err == nil {
-		// There is the old file or the new one, whole.
-		err = renameio.WriteFile(p.path, append(text, '\n'), 0o600)
+		err = sandbox.ReplaceFile(p.path, append(report.EscapeJSON(text), '\n'))
 	}
 	if err != nil && !s.failed {
 		s.log.Warn("which alerts fire cannot be kept: after a restart they fire anew", "error", err)

@@ -100,7 +100,7 @@ func (t *tracing) run(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
 	t.names = names()
-	t.out = json.NewEncoder(t.env.stdout)
+	t.out = json.NewEncoder(report.JSONWriter(t.env.stdout))
 	t.summary = report.NewSummary()
 	t.states = map[uint64]was{}
 	warned := map[string]bool{}

@@ -137,7 +137,7 @@ func (m *manager) deliver(ctx context.Context, alerts []Alert) error {
 	if err != nil {
 		return backoff.Permanent(errors.New("an alert cannot be written as JSON: " + redact(err.Error(), nil)))
 	}
-	if err := m.poster.post(ctx, body); err != nil {
+	if err := m.poster.post(ctx, report.EscapeJSON(body)); err != nil {
 		return err
 	}
 	for i := range alerts {

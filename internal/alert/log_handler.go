@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
+
+	"github.com/fintrace/fintrace/internal/report"
 )
 
 // identifier is what journald and syslog know the daemon by.
@@ -35,7 +37,7 @@ func NewHandler(format string, w io.Writer, level slog.Leveler) (slog.Handler, e
 	case "text":
 		return slog.NewTextHandler(w, options), nil
 	case "json":
-		return slog.NewJSONHandler(w, options), nil
+		return slog.NewJSONHandler(report.JSONWriter(w), options), nil
 	case "journald":
 		if !journal.Enabled() {
 			return nil, fmt.Errorf("log format journald: its socket cannot be reached")

@@ -16,6 +16,8 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 	promconfig "github.com/prometheus/common/config"
+
+	"github.com/fintrace/fintrace/internal/report"
 )
 
 // WebhookConfig is a URL that alerts are posted to as JSON.
@@ -96,7 +98,7 @@ func newWebhook(c WebhookConfig, from Origin, options ...promconfig.HTTPClientOp
 			if err != nil {
 				return backoff.Permanent(errors.New("an alert cannot be written as JSON: " + redact(err.Error(), nil)))
 			}
-			return p.post(ctx, body)
+			return p.post(ctx, report.EscapeJSON(body))
 		},
 	}, nil
 }

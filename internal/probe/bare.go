@@ -30,7 +30,7 @@ func (p *Probe) Bare() bool { return p.bare }
 // walkBare is walk by sock_diag.
 func walkBare(lookup *Lookup, inode uint32, fn func([]events.Socket)) (counters events.NetnsCounters, err error) {
 	if _, err := lookup.dial(inode); err != nil {
-		return counters, fmt.Errorf("enter it: %w", err)
+		return counters, fmt.Errorf("%w: %w", errEnter, err)
 	}
 	statistics, err := lookup.Statistics(inode)
 	if err != nil {

@@ -67,7 +67,7 @@ func findNamespaces() (namespaces, error) {
 	if _, err := os.Stat("/proc/1"); err != nil {
 		found.hidden = true
 	}
-	if mayTrace() {
+	if may(unix.CAP_SYS_PTRACE) {
 		found.hidden = false // A security module hides them, single ones and for good.
 	}
 	const own = "/proc/thread-self/ns/net"
@@ -83,11 +83,11 @@ func findNamespaces() (namespaces, error) {
 	return found, nil
 }
 
-// mayTrace says whether this thread has CAP_SYS_PTRACE.
-func mayTrace() bool {
+// may says whether this thread has a capability, of those up to 31.
+func may(capability int) bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
-	return unix.Capget(&header, &data[0]) == nil && data[0].Effective&(1<<unix.CAP_SYS_PTRACE) != 0
+	return unix.Capget(&header, &data[0]) == nil && data[0].Effective&(1<<capability) != 0
 }
 
 // open opens a file that enters a namespace; nil for the own one, which needs
@@ -193,6 +193,9 @@ func parseNamespace(s string) (uint32, bool) {
 	return uint32(inode), err == nil
 }
 
+// errEnter is that a network namespace cannot be entered.
+var errEnter = errors.New("enter it")
+
 // inNamespace runs fn on a thread in the network namespace that a file is of;
 // nil is the caller's own.
 func inNamespace(there *os.File, fn func() error) error {
@@ -209,7 +212,7 @@ func inNamespace(there *os.File, fn func() error) error {
 		}
 		defer back.Close()
 		if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
-			result <- fmt.Errorf("enter it: %w", err)
+			result <- fmt.Errorf("%w: %w", errEnter, err)
 			return
 		}
 		err = fn()

@@ -4,7 +4,9 @@ package probe
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -19,20 +21,23 @@ import (
 
 // Owners looks through /proc/PID/fd for the processes that hold the sockets
 // with these inodes. A socket that several processes hold is given to the one
-// with the lowest pid. Those it cannot find, or may not see, are absent.
-func Owners(inodes map[uint64]bool) map[uint64]events.Process {
+// with the lowest pid. Those it cannot find, or may not see, are absent; the
+// error says, in one line, which processes it may not look at.
+func Owners(inodes map[uint64]bool) (map[uint64]events.Process, error) {
 	owners := make(map[uint64]events.Process, len(inodes))
 	if len(inodes) == 0 {
-		return owners
+		return owners, nil
 	}
+	hidden := false
 	for _, pid := range pids() {
 		dir, err := openProcess(pid)
 		if err != nil {
 			continue
 		}
-		var process events.Process      // read when a socket is found
-		sockets, _ := socketInodes(dir) // none of one that may not be looked at
-		for _, inode := range sockets {
+		var process events.Process // read when a socket is found
+		found, err := socketInodes(dir)
+		hidden = hidden || errors.Is(err, fs.ErrPermission)
+		for _, inode := range found {
 			if !inodes[inode] {
 				continue
 			}
@@ -46,7 +51,18 @@ func Owners(inodes map[uint64]bool) map[uint64]events.Process {
 		}
 		dir.Close()
 	}
-	return owners
+	var lacks []string
+	if !may(unix.CAP_DAC_READ_SEARCH) && !may(unix.CAP_DAC_OVERRIDE) {
+		lacks = append(lacks, "CAP_DAC_READ_SEARCH")
+	}
+	if !may(unix.CAP_SYS_PTRACE) {
+		lacks = append(lacks, "CAP_SYS_PTRACE")
+	}
+	// With both a security module hides them, single ones and for good.
+	if !hidden || len(lacks) == 0 {
+		return owners, nil
+	}
+	return owners, fmt.Errorf("what processes of other users hold: no permission (%s)", strings.Join(lacks, ", "))
 }
 
 // openProcess opens a process's directory. Whoever is given the pid after the
@@ -134,18 +150,23 @@ func pids() []uint32 {
 	return found
 }
 
-// socketInodes lists the sockets that the process under dir has open.
+// socketInodes lists the sockets that the process under dir has open. What was
+// read before an error is as good.
 func socketInodes(dir *os.Root) (inodes []uint64, err error) {
 	f, err := dir.Open("fd")
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	names, _ := f.Readdirnames(-1) // What was read before the process went is as good.
+	names, _ := f.Readdirnames(-1)
 	var link [64]byte
 	for _, name := range names {
-		n, err := unix.Readlinkat(int(f.Fd()), name, link[:])
-		if err != nil {
+		n, e := unix.Readlinkat(int(f.Fd()), name, link[:])
+		if errors.Is(e, fs.ErrNotExist) {
+			continue // It has been closed.
+		}
+		if e != nil {
+			err = e
 			continue
 		}
 		if digits, ok := bytes.CutPrefix(link[:n], []byte("socket:[")); ok {
@@ -155,7 +176,7 @@ func socketInodes(dir *os.Root) (inodes []uint64, err error) {
 			}
 		}
 	}
-	return inodes, nil
+	return inodes, err
 }
 
 func readProcess(dir *os.Root, pid uint32) events.Process {

@@ -40,15 +40,17 @@ func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.
 	if err := l.begin(known, cov.Begin); err != nil {
 		return cov, err
 	}
+	locked := false
 	for inode := range spaces.all() {
 		counters, err := l.at(inode)
-		if err != nil {
-			if !gone(err) {
-				cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
-			}
-			continue
+		switch {
+		case err == nil:
+			cov.Netns[inode] = counters
+		case errors.Is(err, errEnter) && errors.Is(err, unix.EPERM):
+			locked = true
+		case !gone(err):
+			cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
 		}
-		cov.Netns[inode] = counters
 	}
 	for inode := range l.strangers {
 		if err := l.iterate(inode); err != nil {
@@ -58,6 +60,9 @@ func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.
 	}
 	cov.End = Now()
 	slices.Sort(cov.Skipped)
+	if locked {
+		cov.Skipped = append(cov.Skipped, "other network namespaces: no permission to enter them (CAP_SYS_ADMIN)")
+	}
 	if spaces.hidden {
 		cov.Skipped = append(cov.Skipped, "network namespaces of other processes: no permission (CAP_SYS_PTRACE)")
 	}

@@ -54,8 +54,15 @@ func newWalker(spec *ebpf.CollectionSpec) (_ *walker, err error) {
 	if w.batch, err = mapValue[bpfBatch](w, w.objects.Batches); err != nil {
 		return nil, err
 	}
-	w.known, err = mapValue[bpfKnown](w, w.objects.Known)
-	return w, err
+	if w.known, err = mapValue[bpfKnown](w, w.objects.Known); err != nil {
+		return nil, err
+	}
+	// The first run has cilium/ebpf load a program, to find out whether it can be
+	// run: later the daemon may load none.
+	if _, err = w.table(); err != nil {
+		return nil, err
+	}
+	return w, nil
 }
 
 func canWalk() (bool, error) {

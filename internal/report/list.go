@@ -38,7 +38,7 @@ func List(w io.Writer, conns []track.Conn, style Style) error {
 	rows := make([][]string, len(conns))
 	for i := range conns {
 		c := &conns[i]
-		limit := c.Limit.String()
+		limit := Clean(c.Limit.String())
 		if c.Overdue {
 			limit = "PAST " + limit
 		}

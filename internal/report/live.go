@@ -109,15 +109,15 @@ func why(n *track.Notice) string {
 	c := &n.Conn
 	switch n.Kind {
 	case track.Overdue:
-		return "past " + c.Limit.String()
+		return "past " + Clean(c.Limit.String())
 	case track.Closed:
 		return c.End.String() + stages(c)
 	case track.Moved:
 		if c.ClosedBy == events.ByClose {
-			return "closed, " + c.Limit.String()
+			return "closed, " + Clean(c.Limit.String())
 		}
 	}
-	return "limit " + c.Limit.String()
+	return "limit " + Clean(c.Limit.String())
 }
 
 // stages says how the time was spent, where that was in more than one stage.

@@ -302,7 +302,7 @@ func writeJSON(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	// What fails now is the connection, and nobody is there to be told.
-	_ = json.NewEncoder(w).Encode(v)
+	_ = json.NewEncoder(report.JSONWriter(w)).Encode(v)
 }
 
 // probe answers with whether check finds fault.
@@ -365,7 +365,7 @@ func (h *handler) connections(w http.ResponseWriter, r *http.Request) {
 			out.WriteByte(',')
 		}
 		out.WriteByte('\n')
-		if _, err := out.Write(text); err != nil {
+		if _, err := out.Write(report.EscapeJSON(text)); err != nil {
 			return // the connection
 		}
 	}
