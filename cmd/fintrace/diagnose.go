@@ -106,7 +106,7 @@ func (d *diagnosing) run(ctx context.Context) (diagnosis report.Diagnosis, err e
 	if err := d.watch.start(context.WithoutCancel(ctx)); err != nil {
 		return diagnosis, err
 	}
-	d.watch.advance(probe.Now())
+	d.watch.catchUp()
 	before := d.statistics()
 	d.watch.notify = d.notice
 	stop := d.progress(ctx)

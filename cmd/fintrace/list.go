@@ -51,7 +51,7 @@ func listCommand(e env) *cobra.Command {
 				_ = out.Encode(report.NewUnlooked(err))
 			}
 		})
-		if err != nil {
+		if err := errors.Join(err, buffered.Flush()); err != nil {
 			return err
 		}
 		if len(conns) == 0 && !*asJSON {
@@ -98,8 +98,8 @@ func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxi
 	if err := w.seed(ctx); err != nil {
 		return nil, 0, err
 	}
+	w.catchUp()
 	now := probe.Now()
-	w.advance(now)
 	w.tracker.All(now, func(c track.Conn) {
 		if filter.Selects(&c) {
 			conns = append(conns, c)

@@ -147,18 +147,21 @@ func (w *watch) warnOf(lines []string) {
 	}
 }
 
-// advance makes the time now.
+// advance makes the time now, or as much of it as the tracker does at once.
 func (w *watch) advance(now events.Time) {
 	defer w.lookup.Close()
-	lookups := 0
 	w.each(w.tracker.Advance(now, func(netns uint32, f events.Flow, cookie uint64) bool {
-		if lookups++; lookups > lookupsPerPass {
-			return true
-		}
 		state, found, err := w.lookup.Find(netns, f)
 		// Where it may not be looked at, the events' word must do.
 		return err != nil || state == events.FinWait2 && (found == cookie || !events.IsCookie(cookie))
 	}))
+}
+
+// catchUp makes the time now, however much that takes.
+func (w *watch) catchUp() {
+	for now := probe.Now(); w.due(now); {
+		w.advance(now)
+	}
 }
 
 // finish reads what is left and looks at the sockets once more.

@@ -124,7 +124,7 @@ func (t *tracing) run(ctx context.Context) (err error) {
 	if err := t.watch.start(ctx); err != nil {
 		return err
 	}
-	t.watch.advance(probe.Now())
+	t.watch.catchUp()
 	t.live = report.NewLive(t.env.stdout, t.env.style(), t.names, len(t.haproxies.found.Processes) > 0)
 	t.watch.notify = t.notice
 	t.greet()

@@ -445,11 +445,11 @@ func (r *run) invariants() {
 		r.t.Fatalf("All showed %d of %d", n, r.tracker.Len())
 	}
 	if at, ok := r.tracker.Next(); ok {
-		for _, i := range r.tracker.table {
-			if conn := r.tracker.slab.at(i); conn.timed && at > max(conn.due.Add(1<<tickBits), r.now) {
+		r.tracker.slab.each(func(_ index, conn *conn) {
+			if conn.timed && at > max(conn.due.Add(1<<tickBits), r.now) {
 				r.t.Fatalf("Next is %v after a deadline", at.Sub(conn.due))
 			}
-		}
+		})
 	}
 }
 

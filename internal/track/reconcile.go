@@ -33,14 +33,14 @@ func (t *Tracker) BeginSnapshot(now events.Time) {
 // Observe takes sockets of the running snapshot. The notices are valid until
 // the next call of a method that returns some.
 func (t *Tracker) Observe(sockets []events.Socket) []Notice {
-	t.notices = t.notices[:0]
+	t.begin()
 	for n := range sockets {
 		s := &sockets[n]
 		if s.State == events.Listen {
 			t.listeners[listener{s.Netns, s.Flow.Local.Port}] = t.pass
 			continue
 		}
-		i, known := t.table[s.Cookie]
+		i, known := t.table.get(&t.slab, s.Cookie)
 		switch {
 		case known && s.State == events.TimeWait:
 			t.finished(i, s)
@@ -161,7 +161,7 @@ func (t *Tracker) seed(s *events.Socket) {
 		// of an orphan's timer: the peer's ACK of our FIN, where it was closed then.
 		since, inexact = s.Time.Add(-max(s.Entry, 0)), s.Entry < 0
 	}
-	if len(t.table) >= t.capacity {
+	if t.table.count >= t.capacity {
 		t.displace(since)
 	}
 	i := t.add(s.Cookie)
@@ -286,7 +286,7 @@ func (t *Tracker) GiveUpSnapshot() {
 // of a method that returns some.
 func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f events.Flow) bool,
 	holds func(p events.Process, inode uint64, then events.Time) bool) []Notice {
-	t.notices = t.notices[:0]
+	t.begin()
 	full := map[uint32]uint64{}
 	for netns, counters := range cov.Netns {
 		// A namespace that came after the first snapshot began its count at 0;
@@ -299,13 +299,12 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 		}
 	}
 	later := map[uint32]uint64{} // connections that the counter may have risen for and that the next snapshot judges
-	for _, i := range t.table {
-		c := t.slab.at(i)
+	t.slab.each(func(i index, c *conn) {
 		if c.alive >= t.began {
 			if c.stage == events.Minisock && c.alive == c.mini {
 				later[c.netns]++
 			}
-			continue
+			return
 		}
 		_, covered := cov.Netns[c.netns]
 		// No snapshot ever showed the minisock: there may never have been one.
@@ -316,10 +315,10 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 			// end of a minisock, or of a full socket whose record was lost.
 			if c.stage == events.Held && c.process.Known() && !c.closing() {
 				if holds(c.process, uint64(c.inode), c.alive) {
-					continue
+					return
 				}
 			} else if c.overdueFrom(c.limit(&t.rules)) > cov.End {
-				continue
+				return
 			}
 			if c.stage != events.Minisock {
 				t.counters.Corrected++
@@ -343,7 +342,7 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 		default:
 			t.end(i, c.alive, events.Reset, false)
 		}
-	}
+	})
 	slices.SortFunc(t.notices, func(a, b Notice) int { return cmp.Compare(a.Time, b.Time) })
 	// Those of a namespace that was not looked at too: its number may be given
 	// to another.

@@ -234,11 +234,11 @@ func (s *scenario) state() string {
 // deadline is the earliest in the table.
 func (s *scenario) deadline(next events.Time) time.Duration {
 	first := noDeadline
-	for _, i := range s.tracker.table {
-		if c := s.tracker.slab.at(i); c.timed {
+	s.tracker.slab.each(func(_ index, c *conn) {
+		if c.timed {
 			first = min(first, c.due)
 		}
-	}
+	})
 	if next > first.Add(1<<tickBits) {
 		return -1
 	}

@@ -39,11 +39,11 @@ func (s *slab) give(i index) {
 }
 
 // each calls fn for each connection. Those that were given back are zeroed, and
-// a connection has a stage.
-func (s *slab) each(fn func(*conn)) {
+// a connection has a stage. fn may give back the one it is called with.
+func (s *slab) each(fn func(index, *conn)) {
 	for i := index(1); i <= s.made; i++ {
 		if c := s.at(i); c.stage != 0 {
-			fn(c)
+			fn(i, c)
 		}
 	}
 }

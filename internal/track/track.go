@@ -64,7 +64,7 @@ type Counters struct {
 type Tracker struct {
 	rules    limits.Rules
 	capacity int
-	table    map[uint64]index
+	table    table
 	slab     slab
 	wheel    wheel
 	counters Counters
@@ -91,7 +91,6 @@ func New(rules limits.Rules, capacity int) *Tracker {
 	return &Tracker{
 		rules:     rules,
 		capacity:  capacity,
-		table:     map[uint64]index{},
 		ended:     map[uint64]struct{}{},
 		listeners: map[listener]uint32{},
 		overflow:  map[uint32]uint64{},
@@ -99,7 +98,7 @@ func New(rules limits.Rules, capacity int) *Tracker {
 }
 
 // Len is how many connections are in the table.
-func (t *Tracker) Len() int { return len(t.table) }
+func (t *Tracker) Len() int { return t.table.count }
 
 // Count is how many of them are in a stage.
 func (t *Tracker) Count(stage events.Stage) int { return t.stages[stage] }
@@ -120,7 +119,7 @@ func (t *Tracker) WantsSnapshot() bool { return t.doubtful }
 
 // Get returns a connection as of now.
 func (t *Tracker) Get(cookie uint64, now events.Time) (Conn, bool) {
-	i, ok := t.table[cookie]
+	i, ok := t.table.get(&t.slab, cookie)
 	if !ok {
 		return Conn{}, false
 	}
@@ -130,15 +129,14 @@ func (t *Tracker) Get(cookie uint64, now events.Time) (Conn, bool) {
 // SetRules replaces the rules, as of now. The notices are valid until the next
 // call of a method that returns some.
 func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
-	t.notices = t.notices[:0]
+	t.begin()
 	t.rules = rules
-	for _, i := range t.table {
-		c := t.slab.at(i)
+	t.slab.each(func(i index, c *conn) {
 		t.locate(c)
 		if t.relimit(i, now) {
 			t.notify(Recovered, c, now)
 		}
-	}
+	})
 	return t.notices
 }
 
@@ -168,19 +166,19 @@ func (t *Tracker) choose(c *conn) {
 
 // Cookies calls fn for that of each connection, in no order.
 func (t *Tracker) Cookies(fn func(uint64)) {
-	t.slab.each(func(c *conn) { fn(c.cookie) })
+	t.slab.each(func(_ index, c *conn) { fn(c.cookie) })
 }
 
 // All calls fn for each connection, in no order, as of now.
 func (t *Tracker) All(now events.Time, fn func(Conn)) {
-	t.slab.each(func(c *conn) { fn(t.view(c, now)) })
+	t.slab.each(func(_ index, c *conn) { fn(t.view(c, now)) })
 }
 
 // Overdue calls fn for each connection that is past its limit, in no order, as
 // of now. What fn is given is its own until it returns.
 func (t *Tracker) Overdue(now events.Time, fn func(*Conn)) {
 	var v Conn // One for all: there may be very many.
-	t.slab.each(func(c *conn) {
+	t.slab.each(func(_ index, c *conn) {
 		if c.overdue {
 			v = t.view(c, now)
 			fn(&v)
@@ -188,13 +186,18 @@ func (t *Tracker) Overdue(now events.Time, fn func(*Conn)) {
 	})
 }
 
-// Advance makes the time now. A full socket is overdue if look, asked for a
+// expiredAtOnce is how many deadlines one Advance sees to at most: a million may
+// pass at once, as after a suspend, and the caller has other things to do.
+const expiredAtOnce = 4096
+
+// Advance makes the time now, or as much of it as one call should: Next says
+// whether there is more. A full socket is overdue if look, asked for a
 // fresh look at its namespace, flow and cookie, finds it in FIN_WAIT2: a record
 // may be lost without anybody knowing. The notices are valid until the next
 // call of a method that returns some.
 func (t *Tracker) Advance(now events.Time, look func(netns uint32, f events.Flow, cookie uint64) bool) []Notice {
-	t.notices = t.notices[:0]
-	t.wheel.expire(&t.slab, now, func(i index) {
+	t.begin()
+	t.wheel.expire(&t.slab, now, expiredAtOnce, func(i index) {
 		c := t.slab.at(i)
 		if c.stage == events.Minisock || !look(c.netns, c.flow, c.cookie) {
 			t.doubtful = true
@@ -205,10 +208,21 @@ func (t *Tracker) Advance(now events.Time, look func(netns uint32, f events.Flow
 	return t.notices
 }
 
+// noticesKept is how many notices the memory is kept for from call to call.
+const noticesKept = 4096
+
+// begin is for a method that returns notices.
+func (t *Tracker) begin() {
+	if cap(t.notices) > 2*noticesKept {
+		t.notices = nil
+	}
+	t.notices = t.notices[:0]
+}
+
 // Apply takes an event. The notices are valid until the next call of a method
 // that returns some.
 func (t *Tracker) Apply(ev *events.Event) []Notice {
-	t.notices = t.notices[:0]
+	t.begin()
 	t.succeed(ev)
 	switch {
 	case ev.Old == events.FinWait1 && ev.New == events.FinWait2:
@@ -225,7 +239,7 @@ func (t *Tracker) Apply(ev *events.Event) []Notice {
 // gives no cookies, that is the flow. An entry that was seen to be there before
 // is its own, and minisocks have no events.
 func (t *Tracker) succeed(ev *events.Event) {
-	i, ok := t.table[ev.Cookie]
+	i, ok := t.table.get(&t.slab, ev.Cookie)
 	if !ok || ev.Old != events.FinWait1 && ev.Old != events.FinWait2 {
 		return
 	}
@@ -243,7 +257,7 @@ func (t *Tracker) succeed(ev *events.Event) {
 
 // enter is FIN_WAIT1 → FIN_WAIT2: the peer has acknowledged our FIN.
 func (t *Tracker) enter(ev *events.Event) {
-	if i, ok := t.table[ev.Cookie]; ok {
+	if i, ok := t.table.get(&t.slab, ev.Cookie); ok {
 		// A snapshot was quicker.
 		c := t.slab.at(i)
 		c.since, c.inexact = ev.Time, false
@@ -274,7 +288,7 @@ func (t *Tracker) enter(ev *events.Event) {
 
 // close is FIN_WAIT2 → FIN_WAIT2: tcp_close_state() of close() on a held socket.
 func (t *Tracker) close(ev *events.Event) {
-	i, known := t.table[ev.Cookie]
+	i, known := t.table.get(&t.slab, ev.Cookie)
 	if !known {
 		if i = t.discover(ev); i == 0 {
 			return
@@ -304,7 +318,7 @@ const handoverTime = 500 * time.Millisecond
 // leave is FIN_WAIT2 → CLOSE, which for the event stream is the end, but for
 // the connection may be the handover to a minisock.
 func (t *Tracker) leave(ev *events.Event) {
-	i, known := t.table[ev.Cookie]
+	i, known := t.table.get(&t.slab, ev.Cookie)
 	if !known {
 		if i = t.discover(ev); i == 0 {
 			return
@@ -416,13 +430,13 @@ func (t *Tracker) open(ev *events.Event) index {
 }
 
 func (t *Tracker) add(cookie uint64) index {
-	if len(t.table) >= t.capacity {
+	if t.table.count >= t.capacity {
 		t.counters.Shed++
 		return 0
 	}
 	i := t.slab.take()
 	t.slab.at(i).cookie = cookie
-	t.table[cookie] = i
+	t.table.add(&t.slab, i)
 	t.counters.Entered++
 	return i
 }
@@ -526,7 +540,7 @@ func (t *Tracker) drop(i index) {
 	c := t.slab.at(i)
 	t.stages[c.stage]--
 	t.wheel.remove(&t.slab, i)
-	delete(t.table, c.cookie)
+	t.table.remove(&t.slab, c.cookie)
 	t.slab.give(i)
 }
 

@@ -92,9 +92,9 @@ func (w *wheel) next() events.Time {
 	return events.Time(tick << tickBits)
 }
 
-// expire takes out all that is due by now and calls fn for each. fn may add and
-// remove, but not what is due by now.
-func (w *wheel) expire(s *slab, now events.Time, fn func(index)) {
+// expire takes out what is due by now, as many as most, and calls fn for each.
+// fn may add and remove, but not what is due by now.
+func (w *wheel) expire(s *slab, now events.Time, most int, fn func(index)) {
 	until := uint64(now) >> tickBits
 	for {
 		level, slot, tick, ok := w.first()
@@ -104,13 +104,20 @@ func (w *wheel) expire(s *slab, now events.Time, fn func(index)) {
 		}
 		w.now = max(w.now, tick)
 		for i := w.head[level][slot]; i != 0; i = w.head[level][slot] {
+			if most == 0 && level == 0 {
+				return
+			}
 			due := s.at(i).due
 			w.remove(s, i)
-			if tickOf(due) <= until {
+			if most > 0 && tickOf(due) <= until {
+				most--
 				fn(i)
 			} else {
 				w.add(s, i, due)
 			}
+		}
+		if most == 0 {
+			return
 		}
 	}
 }

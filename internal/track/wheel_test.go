@@ -3,6 +3,7 @@
 package track
 
 import (
+	"math"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -48,19 +49,29 @@ func TestWheelAgainstList(t *testing.T) {
 		due := func(i index) events.Time { return s.at(i).due }
 		expire := func() {
 			before := slices.Clone(list)
-			w.expire(&s, now, func(i index) {
-				if !slices.Contains(list, i) {
-					t.Fatalf("%d expired, and is not in the wheel", i)
+			most := 1 + random.IntN(8)
+			for expired := most; expired == most; {
+				expired = 0
+				w.expire(&s, now, most, func(i index) {
+					expired++
+					if !slices.Contains(list, i) {
+						t.Fatalf("%d expired, and is not in the wheel", i)
+					}
+					if due(i) > now {
+						t.Fatalf("%d expired %v early", i, due(i).Sub(now))
+					}
+					list = slices.DeleteFunc(list, func(j index) bool { return j == i })
+					removed = append(removed, i)
+					if random.IntN(4) == 0 { // A deadline may be followed by another.
+						add(now.Add(tick + far()))
+					}
+				})
+				if next := w.next(); expired == most && next > now && slices.ContainsFunc(list, func(i index) bool {
+					return slices.Contains(before, i) && due(i).Add(tick) <= now
+				}) {
+					t.Fatalf("next is %v late with deadlines that have passed", next.Sub(now))
 				}
-				if due(i) > now {
-					t.Fatalf("%d expired %v early", i, due(i).Sub(now))
-				}
-				list = slices.DeleteFunc(list, func(j index) bool { return j == i })
-				removed = append(removed, i)
-				if random.IntN(4) == 0 { // A deadline may be followed by another.
-					add(now.Add(tick + far()))
-				}
-			})
+			}
 			for _, i := range list {
 				if slices.Contains(before, i) && due(i).Add(tick) <= now {
 					t.Fatalf("%d is %v past its deadline", i, now.Sub(due(i)))
@@ -109,7 +120,7 @@ func TestWheelAgainstList(t *testing.T) {
 				break
 			}
 			now = max(now, next)
-			w.expire(&s, now, func(i index) {
+			w.expire(&s, now, math.MaxInt, func(i index) {
 				if due(i) > now {
 					t.Fatalf("%d expired %v early", i, due(i).Sub(now))
 				}
