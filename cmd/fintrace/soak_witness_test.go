@@ -78,8 +78,9 @@ func (s *soakStory) lifetime() span {
 	return timer(s.finTime - time.Minute).plus(timer(s.finTime - time.Minute))
 }
 
-// fate is what must be said of a connection: one of ends, and how long each stage
-// was. The stages are not known where the timer and what was done came at once.
+// fate is what has to be said of a connection: one of ends, and how long it was in
+// each stage. The stages are not known where the timer and what was done came at
+// about the same time.
 type fate struct {
 	ends                     []events.End
 	held, orphaned, minisock span
@@ -96,18 +97,16 @@ func (s *soakStory) fate() (f fate) {
 	if s.closed != s.entered {
 		f.held = s.closed.since(s.entered)
 	}
-	whole, most := s.lifetime(), span{0, math.MaxInt64}
+	whole, deed := s.lifetime(), span{math.MaxInt64, math.MaxInt64}
 	if s.left != (moment{}) {
-		most = s.left.since(s.closed)
-	} else {
-		most = span{math.MaxInt64, math.MaxInt64}
+		deed = s.left.since(s.closed)
 	}
-	byTimer, byDeed := most.most >= whole.least, most.least <= whole.most
+	byTimer, byDeed := deed.most >= whole.least, deed.least <= whole.most
 	f.stages = !byTimer || !byDeed
 	if byTimer {
 		f.ends = append(f.ends, events.KernelTimeout)
 	}
-	closed := span{min(most.least, whole.least), min(most.most, whole.most)}
+	closed := span{min(deed.least, whole.least), min(deed.most, whole.most)}
 	f.total = f.held.plus(closed)
 	if s.finTime <= time.Minute {
 		f.minisock = closed
@@ -203,8 +202,8 @@ func (s *soakStory) judge() (v soakVerdict) {
 		return v
 	case end == events.Unseen:
 		v.weak = append(v.weak, "end")
-	case end == events.KernelTimeout && slices.Contains(f.ends, events.Reset):
-		// It was gone when its timer had run out, and nothing shows that it was before.
+	case end == events.KernelTimeout && slices.Contains(f.ends, events.Reset) && s.lifetime().least-s.left.since(s.closed).least < soon:
+		// At the next look its timer had run out, and nothing shows that it was gone before.
 		v.weak = append(v.weak, takenForTimers)
 		return v
 	default:
@@ -448,8 +447,8 @@ func (w *soakWitness) verdict(totals soakTotals) {
 }
 
 // soakShocks are the times at which events may have been lost or skipped: the
-// loop that would read them was stopped, or a program came to the tracepoint or
-// left it, be it another's.
+// loop that would read them was stopped or had no processor, or a program came to
+// the tracepoint or left it, be it another's.
 type soakShocks struct {
 	mu   sync.Mutex
 	all  []soakShock
@@ -538,9 +537,16 @@ func (s *soakShocks) watch(stop <-chan struct{}) (times int, err error) {
 			// A link's number is given up before the program is detached.
 			s.add(at.Add(-settled), probe.Now().Add(time.Second))
 		}
+		if late := probe.Now(); late.Sub(at) > starved {
+			s.add(at, late)
+		}
 		at, before = probe.Now(), now
 	}
 }
+
+// starved is how long who looks every 50 ms has to wait for a processor before it
+// counts as a shock: a loop that reads records may have had none either.
+const starved = 300 * time.Millisecond
 
 // soakTrace is a trace that tells the witness.
 type soakTrace struct {
@@ -552,8 +558,8 @@ type soakTrace struct {
 	quiet sync.WaitGroup // until err has all
 }
 
-// soakRing is so little that a stop of some seconds loses records.
-const soakRing = "262144"
+// soakRing is so little that a stop of a second loses records of a flood.
+const soakRing = "1048576"
 
 // startSoakTrace traces each connection at the kinds' ports.
 func startSoakTrace(t *testing.T, w *soakWitness) *soakTrace {
