@@ -238,8 +238,8 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 	if c.stage == events.Orphaned && above60 {
 		c.deadline = c.deadline.Add(miniLife)
 	}
+	found := seen == 0 && c.closed == 0
 	if c.closed == 0 {
-		found := seen == 0
 		if found {
 			seen = c.since
 		}
@@ -262,7 +262,12 @@ func (t *Tracker) dateClosed(c *conn, s *events.Socket, seen events.Time) {
 	}
 	if c.stage == events.Minisock {
 		c.mini = c.closed
-		if above60 {
+		switch {
+		case above60 && found && s.Timer > miniLife+timerError:
+			// By the settings it was an orphan first, but longer is left than they
+			// give a minisock: it has TCP_LINGER2, which does not show.
+			c.oddTimer = true
+		case above60:
 			c.mini = min(max(c.deadline.Add(-miniLife), seen, c.closed), s.Time)
 		}
 	}
