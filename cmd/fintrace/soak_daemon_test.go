@@ -153,9 +153,10 @@ func (s *soak) table(ns *kerneltest.Namespace) (records []report.Record, ok bool
 }
 
 // left waits for the daemon to have none of the kinds' connections any more, and
-// returns how many it still has.
+// returns how many it still has. Of those whose namespace went before it looked the
+// timer is the end.
 func (s *soak) left() (n int) {
-	_ = awaitFor(soon, "", func() bool {
+	_ = awaitFor(soakTimerMost+soon, "", func() bool {
 		n = 0
 		for i := range len(soakKinds) + 1 {
 			n += len(s.connections(fmt.Sprintf("port=%d&peer=%s", soakPort+i, soakAddresses)))

@@ -39,9 +39,10 @@ var soakFaultTable = []soakFault{
 	{"connections at the full rate of the machine", 10 * time.Second, 20 * time.Second, func(f *soakFaults, _ int) (func(), error) {
 		used, made := f.soak.processorTime(), f.flood.made.Load()
 		f.flood.on.Store(true)
-		began := time.Now()
+		began, end := time.Now(), f.trace.witness.floods.begin("the flood")
 		return func() {
 			f.flood.on.Store(false)
+			end()
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.used += f.soak.processorTime() - used

@@ -247,6 +247,7 @@ type soakWitness struct {
 	stories map[string]*soakStory
 	told    map[string]bool // those that have been judged
 	shaken  *soakShocks
+	floods  soakShocks // more than the trace has a buffer for
 	kinds   map[*soakKind]*soakTally
 	wrong   int
 	strays  int
@@ -319,7 +320,7 @@ func (w *soakWitness) take(s *soakStory, v soakVerdict) {
 	for _, what := range v.weak {
 		tally.weak[what]++
 	}
-	if len(v.weak) > 0 && !slices.Contains(v.weak, takenForTimers) && !w.shaken.explain(s) {
+	if len(v.weak) > 0 && !slices.Contains(v.weak, takenForTimers) && !w.shaken.explain(s) && !w.floods.explain(s) {
 		if tally.doubted++; tally.doubted <= soakWrongShown {
 			text, _ := json.Marshal(s.record)
 			w.t.Logf("%s (%s): weak by %v: %s", s.kind.name, s.kind.does, v.weak, text)
@@ -551,11 +552,12 @@ const starved = 300 * time.Millisecond
 // soakTrace is a trace that tells the witness.
 type soakTrace struct {
 	*exec.Cmd
-	ended chan struct{}
-	last  []byte     // line
-	reads sync.Mutex // held while its lines are not read
-	err   bytes.Buffer
-	quiet sync.WaitGroup // until err has all
+	witness *soakWitness
+	ended   chan struct{}
+	last    []byte     // line
+	reads   sync.Mutex // held while its lines are not read
+	err     bytes.Buffer
+	quiet   sync.WaitGroup // until err has all
 }
 
 // soakRing is so little that a stop of a second loses records of a flood.
@@ -568,7 +570,7 @@ func startSoakTrace(t *testing.T, w *soakWitness) *soakTrace {
 	for i := range len(soakKinds) + 1 {
 		ports = append(ports, strconv.Itoa(soakPort+i))
 	}
-	trace := &soakTrace{Cmd: exec.Command("fintrace", "trace", "-o", "json", "--min-duration", "0", "--ring-bytes", soakRing, "--port", strings.Join(ports, ","), "--peer", soakAddresses), ended: make(chan struct{})}
+	trace := &soakTrace{witness: w, Cmd: exec.Command("fintrace", "trace", "-o", "json", "--min-duration", "0", "--ring-bytes", soakRing, "--port", strings.Join(ports, ","), "--peer", soakAddresses), ended: make(chan struct{})}
 	trace.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := trace.StdoutPipe()
 	if err != nil {
