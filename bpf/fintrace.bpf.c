@@ -105,7 +105,7 @@ struct counters {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 8 << 20);
+	__uint(max_entries, 4 << 20);
 	__type(value, struct event);
 } ring SEC(".maps");
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -83,6 +84,8 @@ func (w *watch) seed(ctx context.Context) error {
 
 // run goes on until ctx ends.
 func (w *watch) run(ctx context.Context) error {
+	// The kernel's types and the rows of the first look are not needed any more.
+	debug.FreeOSMemory()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var drainAt events.Time // 0: no record is waiting

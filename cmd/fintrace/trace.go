@@ -39,7 +39,7 @@ but not printed; with --min-duration 0 each is printed from its entry on.`,
 	t.haproxies = haproxyFlags(cmd)
 	cmd.Flags().BoolVar(&t.allStates, "all-states", false, "print every TCP transition, with the time in the state before")
 	durationFlag(cmd, &duration, "duration", 0, "stop after this long (default: at Ctrl-C)")
-	ringFlag(cmd, &t.ringBytes, "ring-bytes", "size of the buffer for records, a power of two (default 8 MiB)")
+	ringFlag(cmd, &t.ringBytes, "ring-bytes", "size of the buffer for records, a power of two (default 4 MiB)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if t.allStates && !cmd.Flags().Changed("min-duration") {
 			t.filter.MinDuration = 0

@@ -41,7 +41,7 @@ func Features() []Feature {
 			"events in order, over all processors", noBPF},
 		{"socket cookie in tracing programs", tracingHasCookie,
 			"a connection is known by its cookie", "a connection is known by network namespace, both ends and device"},
-		{"walk of the socket tables", canWalk,
+		{"walk of the socket tables", func() (bool, error) { return canWalk(btf.NewCache()) },
 			"socket tables are read without a lock, by iter/tcp only for what has no cookie yet", "socket tables are read by iter/tcp alone"},
 		{"entry stamp of minisocks", hasEntryStamp,
 			"minisocks that were there before are dated exactly", "minisocks that were there before are dated by their timer: a lower bound"},

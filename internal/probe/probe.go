@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -30,7 +31,7 @@ type Options struct {
 	// segment that brought them there. They are counted in any case.
 	Instants bool
 	// RingBytes is the size of the ring buffer, a power of two and a multiple
-	// of the page size; 0 is the default of 8 MiB.
+	// of the page size; 0 is the default of 4 MiB.
 	RingBytes int
 	// Iterator has Snapshot use the socket iterator alone, as it does on kernels
 	// that lack what the walk takes.
@@ -100,20 +101,22 @@ func Open(opts Options) (_ *Probe, err error) {
 		// Where this is refused, so is the loading, which says why.
 		_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	}
-	err = p.load(spec, config)
-	if there, e := tracingHasCookie(); err != nil && e == nil && !there {
+	types := btf.NewCache() // The kernel's are many: they are read once.
+	if err := p.load(spec, config, types); err != nil {
+		if there, e := tracingHasCookie(); e != nil || there {
+			return nil, err
+		}
 		config.Before512 = 1
-		err = p.load(spec, config)
-	}
-	if err != nil {
-		return nil, err
+		if err := p.load(spec, config, types); err != nil {
+			return nil, err
+		}
 	}
 	p.iterator, err = link.AttachIter(link.IterOptions{Program: p.objects.Snapshot})
 	if err != nil {
 		return nil, fmt.Errorf("attach the socket iterator: %w", err)
 	}
 	if !opts.Iterator {
-		p.walker, err = newWalker(spec)
+		p.walker, err = newWalker(spec, types)
 	}
 	return p, err
 }
@@ -135,11 +138,11 @@ func prepare() (clock, error) {
 	return newClock()
 }
 
-func (p *Probe) load(spec *ebpf.CollectionSpec, config bpfConfig) error {
+func (p *Probe) load(spec *ebpf.CollectionSpec, config bpfConfig, types *btf.Cache) error {
 	if err := spec.Variables[bpfVarConfig].Set(config); err != nil {
 		return fmt.Errorf("configure the BPF programs: %w", err)
 	}
-	if err := spec.LoadAndAssign(&p.objects, nil); err != nil {
+	if err := spec.LoadAndAssign(&p.objects, &ebpf.CollectionOptions{Cache: types}); err != nil {
 		return fmt.Errorf("load the BPF programs: %w", err)
 	}
 	return nil
@@ -264,14 +267,22 @@ func bootOffset(text string) int64 {
 // is set when it is asked. Between steps of that clock it is consistent.
 type WallClock struct {
 	boot time.Duration // the wall clock's time of the boot, since 1970
+	read time.Time     // when that was
 }
+
+// wallClockEvery is how often a WallClock looks at how the wall clock is set.
+const wallClockEvery = 10 * time.Millisecond
 
 // Time is t on the wall clock.
 func (c *WallClock) Time(t events.Time) time.Time {
-	boot := time.Duration(time.Now().UnixNano() - int64(Now()))
-	// Two clocks cannot be read at once: what is less than this is no step.
-	if (boot - c.boot).Abs() > time.Millisecond {
-		c.boot = boot
+	now := time.Now()
+	if c.read.IsZero() || now.Sub(c.read) >= wallClockEvery {
+		boot := time.Duration(now.UnixNano() - int64(Now()))
+		// Two clocks cannot be read at once: what is less than this is no step.
+		if (boot - c.boot).Abs() > time.Millisecond {
+			c.boot = boot
+		}
+		c.read = now
 	}
 	return time.Unix(0, int64(t)+int64(c.boot))
 }

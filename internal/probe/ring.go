@@ -23,7 +23,7 @@ import (
 type ring struct {
 	file     *os.File
 	consumer []byte // the consumer's page, writable
-	producer []byte // the producer's page, then the data twice in a row
+	producer []byte // the producer's page, the data, and its first page once more
 	read     *atomic.Uint64
 	written  *atomic.Uint64
 	data     []byte
@@ -69,7 +69,7 @@ func newRing(m *ebpf.Map) (_ *ring, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("mmap the consumer page: %w", err)
 	}
-	r.producer, err = unix.Mmap(fd, int64(page), page+2*int(m.MaxEntries()), unix.PROT_READ, unix.MAP_SHARED)
+	r.producer, err = unix.Mmap(fd, int64(page), 2*page+int(m.MaxEntries()), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("mmap the data: %w", err)
 	}

@@ -38,8 +38,8 @@ const (
 
 // newWalker loads the walk; nil and no error where the kernel lacks what it
 // takes, bpf_rdonly_cast(), which came with Linux 6.2.
-func newWalker(spec *ebpf.CollectionSpec) (_ *walker, err error) {
-	if there, err := canWalk(); err != nil || !there {
+func newWalker(spec *ebpf.CollectionSpec, kernel *btf.Cache) (_ *walker, err error) {
+	if there, err := canWalk(kernel); err != nil || !there {
 		return nil, err
 	}
 	w := &walker{chains: mostChains}
@@ -48,7 +48,7 @@ func newWalker(spec *ebpf.CollectionSpec) (_ *walker, err error) {
 			err = errors.Join(err, w.close())
 		}
 	}()
-	if err := spec.LoadAndAssign(&w.objects, nil); err != nil {
+	if err := spec.LoadAndAssign(&w.objects, &ebpf.CollectionOptions{Cache: kernel}); err != nil {
 		return nil, fmt.Errorf("load the walk of the socket tables: %w", err)
 	}
 	if w.batch, err = mapValue[bpfBatch](w, w.objects.Batches); err != nil {
@@ -65,8 +65,8 @@ func newWalker(spec *ebpf.CollectionSpec) (_ *walker, err error) {
 	return w, nil
 }
 
-func canWalk() (bool, error) {
-	types, err := btf.LoadKernelSpec()
+func canWalk(kernel *btf.Cache) (bool, error) {
+	types, err := kernel.Kernel()
 	if err != nil {
 		return false, err
 	}
