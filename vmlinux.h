@@ -2,9 +2,9 @@
 /*
  * The kernel types that bpf/ reads, and no others. Names and shapes come from
  * `bpftool btf dump file /sys/kernel/btf/vmlinux format c` on Linux 6.18 (the
- * keepalive timer of a connection: 7.3) and
- * are cut down by hand to the fields in use. Offsets do not matter: CO-RE
- * relocates every access against the BTF of the running kernel.
+ * keepalive timer of a connection: 7.3) and are cut down by hand to the fields
+ * in use. Offsets do not matter: CO-RE relocates every access against the BTF of
+ * the running kernel.
  */
 #ifndef __VMLINUX_H__
 #define __VMLINUX_H__
