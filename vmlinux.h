@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * The kernel types that bpf/ reads, and no others. Names and shapes come from
- * `bpftool btf dump file /sys/kernel/btf/vmlinux format c` on Linux 6.18 and
- * are cut down by hand to the fields in use. Offsets do not matter: CO-RE
- * relocates every access against the BTF of the running kernel.
+ * `bpftool btf dump file /sys/kernel/btf/vmlinux format c` on Linux 6.18 (the
+ * keepalive timer of a connection: 7.3) and are cut down by hand to the fields
+ * in use. Offsets do not matter: CO-RE relocates every access against the BTF of
+ * the running kernel.
  */
 #ifndef __VMLINUX_H__
 #define __VMLINUX_H__
@@ -197,6 +198,7 @@ struct inet_sock {
 
 struct inet_connection_sock {
 	struct inet_sock icsk_inet;
+	struct timer_list icsk_keepalive_timer;
 	__u32 icsk_rto;
 };
 

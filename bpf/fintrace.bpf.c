@@ -423,6 +423,14 @@ static __always_inline void describe_minisock(struct row *r, const struct miniso
 	r->entry = m->entry;
 }
 
+static __always_inline void describe_timer(struct row *r, const struct timer_list *timer,
+					   const struct now *now)
+{
+	r->has_timer = r->dead && timer->entry.pprev;
+	if (r->has_timer)
+		r->timer = (long)(timer->expires - now->jiffies);
+}
+
 static __always_inline void describe_full(struct row *r, const struct tcp_sock *tp,
 					  const struct now *now)
 {
@@ -434,9 +442,11 @@ static __always_inline void describe_full(struct row *r, const struct tcp_sock *
 	r->linger2 = tp->linger2;
 	r->rto = tp->inet_conn.icsk_rto;
 	r->last_ack = (__u32)now->jiffies - tp->rcv_tstamp;
-	r->has_timer = r->dead && sk->sk_timer.entry.pprev;
-	if (r->has_timer)
-		r->timer = (long)(sk->sk_timer.expires - now->jiffies);
+	/* Where it has a place of its own (7.3 does), sk_timer is the one for retransmissions. */
+	if (bpf_core_field_exists(tp->inet_conn.icsk_keepalive_timer))
+		describe_timer(r, &tp->inet_conn.icsk_keepalive_timer, now);
+	else
+		describe_timer(r, &sk->sk_timer, now);
 }
 
 /* A function of its own so that the type of its argument reaches the object's BTF, and Go. */

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -151,7 +152,9 @@ func runSteps(port *os.File) error {
 func runStep(port *os.File, s step) (code int, err error) {
 	cmd := exec.Command(s.Argv[0], s.Argv[1:]...)
 	cmd.Dir = s.Dir
-	cmd.Stdout, cmd.Stderr = port, port
+	// As a pipe has it, and not as a terminal, which the port is.
+	pipe := struct{ io.Writer }{port}
+	cmd.Stdout, cmd.Stderr = pipe, pipe
 	err = cmd.Run()
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		return exit.ExitCode(), nil
