@@ -271,12 +271,12 @@ type WallClock struct {
 }
 
 // wallClockEvery is how often a WallClock looks at how the wall clock is set.
-const wallClockEvery = 10 * time.Millisecond
+const wallClockEvery = time.Millisecond
 
 // Time is t on the wall clock.
 func (c *WallClock) Time(t events.Time) time.Time {
 	now := time.Now()
-	if c.read.IsZero() || now.Sub(c.read) >= wallClockEvery {
+	if now.Sub(c.read).Abs() >= wallClockEvery {
 		boot := time.Duration(now.UnixNano() - int64(Now()))
 		// Two clocks cannot be read at once: what is less than this is no step.
 		if (boot - c.boot).Abs() > time.Millisecond {
