@@ -21,9 +21,9 @@ import (
 )
 
 const (
-	// batchDelay is how long records gather before they are read: at most 50
+	// batchDelay is how long records gather before they are read: at most 20
 	// wake-ups a second, however many connections.
-	batchDelay = 20 * time.Millisecond
+	batchDelay = 50 * time.Millisecond
 	// reconcileEvery is how long the table goes without a look at the sockets.
 	reconcileEvery = 30 * time.Second
 	// doubtfulAtMost is how long it goes while something is in doubt.
