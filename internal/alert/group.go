@@ -82,7 +82,10 @@ func parsePeer(s string) (p peer, ok bool) {
 	} else if addr, err := netip.ParseAddr(s); err == nil {
 		p = addr.As16()
 	}
-	return p, p.String() == s
+	if p.String() != s {
+		return peer{}, false
+	}
+	return p, true
 }
 
 // family are the connections that have all labels but the peer in common.
