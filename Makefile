@@ -32,7 +32,7 @@ haproxies: ## fetch the HAProxy versions that tests run beside the system's (Deb
 
 test: ## check formats, licences and generated files, and run all tests
 	@.ci/check
-	go test -timeout 15m ./...
+	go test -timeout 20m ./...
 
 fuzz: ## fuzz every parser and decoder, each for FUZZTIME (1m)
 	.ci/fuzz $(or $(FUZZTIME),1m)
