@@ -801,7 +801,7 @@ int walk(void *ctx)
 	bpf_loop(s->minisocks, pick_minisock, &w, 0);
 	if (s->sockets + s->picked > ROWS)
 		b->full = 1;
-	if (b->full || b->strayed)
+	if (b->full)
 		return 0;
 	bpf_loop(s->sockets, show_socket, &w, 0);
 	bpf_loop(s->picked, show_minisock, &w, 0);

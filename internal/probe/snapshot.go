@@ -41,21 +41,26 @@ func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.
 		return cov, err
 	}
 	locked := false
-	for inode := range spaces.all() {
-		counters, err := l.at(inode)
+	failed := func(inode uint32, err error) {
+		delete(cov.Netns, inode)
 		switch {
-		case err == nil:
-			cov.Netns[inode] = counters
 		case errors.Is(err, errEnter) && errors.Is(err, unix.EPERM):
 			locked = true
 		case !gone(err):
 			cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
 		}
 	}
+	for inode := range spaces.all() {
+		counters, err := l.at(inode)
+		if err != nil {
+			failed(inode, err)
+			continue
+		}
+		cov.Netns[inode] = counters
+	}
 	for inode := range l.strangers {
 		if err := l.iterate(inode); err != nil {
-			delete(cov.Netns, inode)
-			cov.Skipped = append(cov.Skipped, fmt.Sprintf("network namespace %d: %v", inode, err))
+			failed(inode, err)
 		}
 	}
 	cov.End = Now()
@@ -132,8 +137,7 @@ func (l *look) walk() error {
 	if err != nil || l.tables[table] {
 		return err
 	}
-	l.tables[table] = true
-	return l.walker.walk(func(rows []bpfRow) {
+	err = l.walker.walk(func(rows []bpfRow) {
 		l.sockets = l.sockets[:0]
 		for i := range rows {
 			r := &rows[i]
@@ -148,6 +152,8 @@ func (l *look) walk() error {
 			l.fn(l.sockets)
 		}
 	})
+	l.tables[table] = err == nil
+	return err
 }
 
 // iterate has the iterator go through a namespace: it gives the connections there

@@ -129,7 +129,10 @@ func (w *walker) walk(fn func([]bpfRow)) error {
 				return err
 			}
 			tries++
-			if w.batch.Full != 0 && w.chains > 1 {
+			if w.batch.Full != 0 {
+				if w.chains == 1 {
+					return fmt.Errorf("walk the socket tables: more than %d sockets in one bucket", mostRows)
+				}
 				w.chains /= 2
 				continue
 			}
