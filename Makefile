@@ -34,8 +34,8 @@ test: ## check formats, licences and generated files, and run all tests
 	@.ci/check
 	go test -timeout 20m ./...
 
-fuzz: ## fuzz every parser and decoder, each for FUZZTIME (1m)
-	.ci/fuzz $(or $(FUZZTIME),1m)
+fuzz: ## fuzz every parser and decoder, each with INPUTS (500000x, half an hour; or for a time: 1m)
+	.ci/fuzz $(or $(INPUTS),500000x)
 
 test-kernels: ## run the kernel tests on Debian's kernels from 5.10 on, in QEMU (some minutes each; KERNELS=5.10-amd64,7-amd64 for some)
 	go build -trimpath -o dist/kernels.run ./internal/kernels

@@ -176,7 +176,7 @@ func flagError(cmd *cobra.Command, err error) error {
 	case errors.As(err, &bare):
 		return fmt.Errorf("--%s needs a value: %s", bare.GetFlag().Name, bare.GetFlag().Value.Type())
 	case errors.As(err, &unknown):
-		return fmt.Errorf("%w; %s --help lists the flags", err, cmd.CommandPath())
+		return fmt.Errorf("%s; %s --help lists the flags", report.Clean(err.Error()), cmd.CommandPath())
 	}
 	return err
 }
