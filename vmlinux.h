@@ -168,7 +168,7 @@ struct inode {
 };
 
 struct socket {
-	short int type;
+	struct sock *sk;
 };
 
 struct socket_alloc {
@@ -220,8 +220,21 @@ struct nsproxy {
 	struct net *net_ns;
 };
 
+struct kernfs_node {
+	u64 id;
+};
+
+struct cgroup {
+	struct kernfs_node *kn;
+};
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
+};
+
 struct task_struct {
 	struct nsproxy *nsproxy;
+	struct css_set *cgroups;
 	struct task_struct *group_leader;
 	int tgid;
 	char comm[16];
@@ -241,6 +254,14 @@ struct bpf_iter_meta {
 struct bpf_iter__tcp {
 	struct bpf_iter_meta *meta;
 	struct sock_common *sk_common;
+};
+
+struct file;
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	struct file *file;
 };
 
 #pragma clang attribute pop

@@ -515,6 +515,53 @@ int snapshot(struct bpf_iter__tcp *ctx)
 	return 0;
 }
 
+/* The state of the sockets whose owners are asked for. */
+__u8 owned_state;
+
+/* A process that has such a socket open. */
+struct owner {
+	__u64 inode; /* the socket's */
+	__u64 cgroup;
+	__u64 comm[COMM_LEN / 8];
+	__u32 pid;
+	__u32 padding;
+};
+
+/* As write_row(). */
+static __noinline void write_owner(struct seq_file *seq, struct owner *o)
+{
+	bpf_seq_write(seq, o, sizeof(*o));
+}
+
+/* The files of all processes. */
+SEC("iter/task_file")
+int owners(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct owner o = {};
+	struct socket *socket;
+	const __u64 *comm;
+	struct sock *sk;
+
+	if (!task || !file)
+		return 0;
+	socket = bpf_sock_from_file(file);
+	if (!socket)
+		return 0;
+	sk = socket->sk;
+	if (!sk || sk->sk_protocol != IPPROTO_TCP || sk->__sk_common.skc_state != owned_state)
+		return 0;
+	o.inode = BPF_CORE_READ((struct socket_alloc *)socket, vfs_inode.i_ino);
+	o.cgroup = task->cgroups->dfl_cgrp->kn->id;
+	o.pid = task->tgid;
+	comm = (const void *)task->group_leader->comm;
+	o.comm[0] = comm[0];
+	o.comm[1] = comm[1];
+	write_owner(ctx->meta->seq, &o);
+	return 0;
+}
+
 /*
  * The walk: the sockets of all network namespaces straight from the kernel's
  * hash tables, as the kernel's own lookups read them, under RCU and without a

@@ -386,7 +386,7 @@ func churned(t *testing.T, duration time.Duration, opts probe.Options) {
 	if counters.Entered != counters.Left+uint64(r.watch.tracker.Len()) {
 		t.Errorf("%d entered, %d left, %d are there", counters.Entered, counters.Left, r.watch.tracker.Len())
 	}
-	r.watch.tracker.All(probe.Now(), func(c track.Conn) {
+	r.watch.tracker.All(probe.Now(), func(c *track.Conn) {
 		if c.Netns == ns.Inode && !slices.Contains(there, fmt.Sprintf("%d %s %s", c.Netns, c.Flow.Local, c.Flow.Remote)) {
 			t.Errorf("%s → %s is still in the table, %s for %s", c.Flow.Local, c.Flow.Remote, c.Stage, c.Duration)
 		}
@@ -421,7 +421,7 @@ func TestLosses(t *testing.T) {
 		t.Error("no record was lost: the test shows nothing")
 	}
 	there := map[events.Flow]events.Stage{}
-	r.watch.tracker.All(probe.Now(), func(c track.Conn) {
+	r.watch.tracker.All(probe.Now(), func(c *track.Conn) {
 		if c.Netns == ns.Inode {
 			there[c.Flow] = c.Stage
 		}

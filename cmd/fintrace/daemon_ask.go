@@ -91,14 +91,12 @@ func (d *daemon) connections(ctx context.Context, q web.Query) (found web.Connec
 				return
 			}
 			found.Total++
-			if heap.Push(&oldest, *c); len(oldest) > q.Limit {
-				heap.Pop(&oldest)
-			}
+			oldest.keep(c, q.Limit)
 		}
 		if q.Overdue {
 			d.watch.tracker.Overdue(now, take)
 		} else {
-			d.watch.tracker.All(now, func(c track.Conn) { take(&c) })
+			d.watch.tracker.All(now, take)
 		}
 		report.SortOldest(oldest)
 		for i := range oldest {
@@ -110,6 +108,17 @@ func (d *daemon) connections(ctx context.Context, q web.Query) (found web.Connec
 
 // oldestFirst is a heap with the youngest on top, to be thrown out first.
 type oldestFirst []track.Conn
+
+// keep adds c, of more than most in place of the youngest.
+func (h *oldestFirst) keep(c *track.Conn, most int) {
+	switch {
+	case len(*h) < most:
+		heap.Push(h, *c)
+	case most > 0 && c.Since < (*h)[0].Since:
+		(*h)[0] = *c
+		heap.Fix(h, 0)
+	}
+}
 
 func (h oldestFirst) Len() int           { return len(h) }
 func (h oldestFirst) Less(i, j int) bool { return h[i].Since > h[j].Since }
@@ -146,7 +155,7 @@ func (d *daemon) status(ctx context.Context) (s web.Status, err error) {
 			Lost:     d.watch.counters.Lost + d.watch.counters.Missed,
 			Unlooked: slices.Concat(d.watch.skipped, d.watch.haproxies.warnings()),
 		}
-		d.watch.tracker.All(now, func(c track.Conn) { s.Add(&c) })
+		d.watch.tracker.All(now, s.Add)
 	})
 	return s, err
 }
@@ -164,7 +173,7 @@ func (d *daemon) gather(ctx context.Context, s *metrics.State) error {
 		s.Firing, s.Alerts = len(d.book.Active()), map[alert.Event]uint64{
 			alert.Fired: counts.Fired, alert.Updated: counts.Updated, alert.Repeated: counts.Repeated, alert.Resolved: counts.Resolved,
 		}
-		w.tracker.All(now, func(c track.Conn) { s.Add(&c) })
+		w.tracker.All(now, s.Add)
 		spaces[d.own] = metrics.Host
 		for i := range s.HAProxy {
 			if netns := s.HAProxy[i].Netns; netns != 0 && spaces[netns] == "" {

@@ -162,9 +162,9 @@ func (d *diagnosing) collect(ctx context.Context, before map[uint32]map[string]i
 	e := &d.evidence
 	now := probe.Now()
 	e.Ended = now
-	d.watch.tracker.All(now, func(c track.Conn) {
+	d.watch.tracker.All(now, func(c *track.Conn) {
 		if d.selected(c.Netns) {
-			e.Conns = append(e.Conns, c)
+			e.Conns = append(e.Conns, *c)
 		}
 	})
 	report.SortOldest(e.Conns)
@@ -260,18 +260,13 @@ func (d *diagnosing) tables(netns uint32, before, after map[string]int64) {
 
 // closeWait adds the sockets in CLOSE_WAIT, each with its holder and its proxy.
 func (d *diagnosing) closeWait(sockets []events.Socket) {
-	inodes := map[uint64]bool{}
-	for i := range sockets {
-		inodes[sockets[i].Inode] = true
-	}
-	owners, hidden := probe.Owners(inodes)
-	if hidden != nil {
+	if hidden := d.watch.probe.Owners(sockets); hidden != nil {
 		d.unlooked(hidden)
 	}
 	rules := limits.Rules{HAProxy: d.haproxies.view}
 	for i := range sockets {
 		s := &sockets[i]
-		c := report.CloseWait{Netns: s.Netns, Flow: s.Flow, Side: events.Outbound, Process: owners[s.Inode]}
+		c := report.CloseWait{Netns: s.Netns, Flow: s.Flow, Side: events.Outbound, Process: s.Process}
 		if d.watch.tracker.Listening(s.Netns, s.Flow.Local.Port) {
 			c.Side = events.Inbound
 		}

@@ -100,9 +100,10 @@ func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxi
 	}
 	w.catchUp()
 	now := probe.Now()
-	w.tracker.All(now, func(c track.Conn) {
-		if filter.Selects(&c) {
-			conns = append(conns, c)
+	conns = make([]track.Conn, 0, w.tracker.Len())
+	w.tracker.All(now, func(c *track.Conn) {
+		if filter.Selects(c) {
+			conns = append(conns, *c)
 		}
 	})
 	report.SortOldest(conns)

@@ -242,7 +242,7 @@ func (w *watch) reconcile(ctx context.Context) error {
 	losses := w.counters.Lost + w.counters.Missed
 	began, spent := probe.Now(), processorTime()
 	var (
-		unowned []events.Socket
+		unowned [][]events.Socket
 		cov     events.Coverage
 		err     error
 	)
@@ -259,20 +259,22 @@ func (w *watch) reconcile(ctx context.Context) error {
 		cov, err = w.probe.Snapshot(known, func(sockets []events.Socket) {
 			inLoop(func() error {
 				drained := w.drain()
+				var without []events.Socket
 				owned := sockets[:0]
 				for i := range sockets {
 					s := &sockets[i]
-					if tracked, _ := w.tracker.Get(s.Cookie, began); s.Stage == events.Held && !tracked.Process.Known() {
-						unowned = append(unowned, *s)
+					if s.Stage == events.Held && !w.tracker.Owner(s.Cookie).Known() {
+						without = append(without, *s)
 					} else {
 						owned = append(owned, *s)
 					}
 				}
+				unowned = append(unowned, without)
 				w.each(w.tracker.Observe(owned))
 				return drained
 			})
 		})
-		if hidden := findOwners(unowned); hidden != nil {
+		if hidden := w.probe.Owners(unowned...); hidden != nil {
 			cov.Skipped = append(cov.Skipped, hidden.Error())
 		}
 	})
@@ -282,7 +284,9 @@ func (w *watch) reconcile(ctx context.Context) error {
 	if err != nil {
 		return w.unlooked(err)
 	}
-	w.each(w.tracker.Observe(unowned))
+	for _, sockets := range unowned {
+		w.each(w.tracker.Observe(sockets))
+	}
 	w.skipped = cov.Skipped
 	w.warnOf(cov.Skipped)
 	defer w.lookup.Close()
@@ -376,20 +380,6 @@ func processorTime() time.Duration {
 	// Cannot fail: it is for this process, into memory of its own.
 	_ = unix.Getrusage(unix.RUSAGE_SELF, &used)
 	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
-}
-
-// findOwners names the processes that hold these sockets. The error says which
-// could not be looked at.
-func findOwners(sockets []events.Socket) error {
-	inodes := make(map[uint64]bool, len(sockets))
-	for i := range sockets {
-		inodes[sockets[i].Inode] = true
-	}
-	owners, err := probe.Owners(inodes)
-	for i := range sockets {
-		sockets[i].Process = owners[sockets[i].Inode]
-	}
-	return err
 }
 
 // openOrBare opens the probe, without BPF where that cannot be used: warn is told

@@ -170,15 +170,17 @@ func flagError(cmd *cobra.Command, err error) error {
 		unknown *pflag.NotExistError
 		bare    *pflag.ValueRequiredError
 	)
+	text := err.Error()
 	switch {
 	case errors.As(err, &invalid):
-		return fmt.Errorf("--%s: %w", invalid.GetFlag().Name, invalid.Unwrap())
+		text = fmt.Sprintf("--%s: %v", invalid.GetFlag().Name, invalid.Unwrap())
 	case errors.As(err, &bare):
-		return fmt.Errorf("--%s needs a value: %s", bare.GetFlag().Name, bare.GetFlag().Value.Type())
+		text = fmt.Sprintf("--%s needs a value: %s", bare.GetFlag().Name, bare.GetFlag().Value.Type())
 	case errors.As(err, &unknown):
-		return fmt.Errorf("%s; %s --help lists the flags", report.Clean(err.Error()), cmd.CommandPath())
+		text += "; " + cmd.CommandPath() + " --help lists the flags"
 	}
-	return err
+	// What was typed may be in it.
+	return errors.New(report.Clean(text))
 }
 
 // whenUnread calls stop once nobody reads stdout any more. A trace of a quiet

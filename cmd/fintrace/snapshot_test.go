@@ -14,7 +14,7 @@ import (
 // everyWay runs a test with both ways to look at the sockets.
 func everyWay(t *testing.T, test func(t *testing.T, opts probe.Options)) {
 	kerneltest.Require(t)
-	for name, opts := range map[string]probe.Options{"walk": {}, "iterator": {Iterator: true}} {
+	for name, opts := range map[string]probe.Options{"walk": {}, "plain": {Plain: true}} {
 		t.Run(name, func(t *testing.T) { test(t, opts) })
 	}
 }

@@ -186,22 +186,27 @@ const overdueShown = 10
 
 // greet says what it is attached to and what was found.
 func (t *tracing) greet() {
-	var found, overdue []track.Conn
-	var stages [events.Minisock + 1]int
-	t.watch.tracker.All(probe.Now(), func(c track.Conn) {
-		if t.selected(&c) {
-			found = append(found, c)
-			stages[c.Stage]++
-			if c.Overdue {
-				overdue = append(overdue, c)
-			}
+	var (
+		stages          [events.Minisock + 1]int
+		found, past     int
+		oldest, overdue oldestFirst
+	)
+	t.watch.tracker.All(probe.Now(), func(c *track.Conn) {
+		if !t.selected(c) {
+			return
+		}
+		found++
+		stages[c.Stage]++
+		oldest.keep(c, 1)
+		if c.Overdue {
+			past++
+			overdue.keep(c, overdueShown)
 		}
 	})
-	report.SortOldest(found)
 	report.SortOldest(overdue)
 	fmt.Fprintf(t.env.stderr, "Tracing inet_sock_set_state in %d network namespace(s); Ctrl-C ends with a summary.\n", len(t.watch.covered))
-	fmt.Fprintf(t.env.stderr, "In FIN_WAIT2 already: %d", len(found))
-	if len(found) > 0 {
+	fmt.Fprintf(t.env.stderr, "In FIN_WAIT2 already: %d", found)
+	if found > 0 {
 		var parts []string
 		for _, s := range []events.Stage{events.Held, events.Orphaned, events.Minisock} {
 			if stages[s] > 0 {
@@ -209,11 +214,11 @@ func (t *tracing) greet() {
 			}
 		}
 		bound := ""
-		if !found[0].SinceExact {
+		if !oldest[0].SinceExact {
 			bound = "at least "
 		}
 		fmt.Fprintf(t.env.stderr, " (%s), the oldest for %s%s; %d past their limit",
-			strings.Join(parts, ", "), bound, report.Duration(found[0].Duration), len(overdue))
+			strings.Join(parts, ", "), bound, report.Duration(oldest[0].Duration), past)
 	}
 	fmt.Fprintln(t.env.stderr, ".")
 	if t.asJSON {
@@ -224,10 +229,10 @@ func (t *tracing) greet() {
 		return
 	}
 	t.printed(t.live.Header())
-	for i := range min(len(overdue), overdueShown) {
+	for i := range overdue {
 		t.printed(t.live.Notice(&track.Notice{Kind: track.Overdue, Time: probe.Now(), Conn: overdue[i]}))
 	}
-	if more := len(overdue) - overdueShown; more > 0 {
+	if more := past - len(overdue); more > 0 {
 		fmt.Fprintf(t.env.stderr, "… and %d more past their limit: fintrace list\n", more)
 	}
 }
@@ -236,10 +241,10 @@ func (t *tracing) greet() {
 func (t *tracing) finish(began events.Time) {
 	now := probe.Now()
 	remaining := 0
-	t.watch.tracker.All(now, func(c track.Conn) {
-		if t.selected(&c) {
+	t.watch.tracker.All(now, func(c *track.Conn) {
+		if t.selected(c) {
 			remaining++
-			t.summary.AddConn(&c)
+			t.summary.AddConn(c)
 		}
 	})
 	counters := t.watch.tracker.Counters()

@@ -412,7 +412,7 @@ func BenchmarkScrape(b *testing.B) {
 					tracker.Apply(&ev)
 				}
 				h := showing(metrics(), func(s *State) {
-					tracker.All(events.Time(time.Hour), func(c track.Conn) { s.Add(&c) })
+					tracker.All(events.Time(time.Hour), s.Add)
 				})
 				for b.Loop() {
 					scrape(b, h, format.accept)

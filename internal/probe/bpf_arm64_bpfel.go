@@ -84,6 +84,15 @@ type bpfKnown struct {
 	Bits [65536]uint64
 }
 
+type bpfOwner struct {
+	_       structs.HostLayout
+	Inode   uint64
+	Cgroup  uint64
+	Comm    [2]uint64
+	Pid     uint32
+	Padding uint32
+}
+
 type bpfRow struct {
 	_          structs.HostLayout
 	Time       uint64
@@ -136,9 +145,11 @@ const (
 	bpfMapRing          = "ring"
 	bpfMapScratches     = "scratches"
 	bpfProgOnSetState   = "on_set_state"
+	bpfProgOwners       = "owners"
 	bpfProgSnapshot     = "snapshot"
 	bpfProgWalk         = "walk"
 	bpfVarConfig        = "config"
+	bpfVarOwnedState    = "owned_state"
 	bpfVarTimeWaitSince = "time_wait_since"
 )
 
@@ -185,6 +196,7 @@ type bpfSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfProgramSpecs struct {
 	OnSetState *ebpf.ProgramSpec `ebpf:"on_set_state"`
+	Owners     *ebpf.ProgramSpec `ebpf:"owners"`
 	Snapshot   *ebpf.ProgramSpec `ebpf:"snapshot"`
 	Walk       *ebpf.ProgramSpec `ebpf:"walk"`
 }
@@ -206,6 +218,7 @@ type bpfMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfVariableSpecs struct {
 	Config        *ebpf.VariableSpec `ebpf:"config"`
+	OwnedState    *ebpf.VariableSpec `ebpf:"owned_state"`
 	TimeWaitSince *ebpf.VariableSpec `ebpf:"time_wait_since"`
 }
 
@@ -253,6 +266,7 @@ func (m *bpfMaps) Close() error {
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfVariables struct {
 	Config        *ebpf.Variable `ebpf:"config"`
+	OwnedState    *ebpf.Variable `ebpf:"owned_state"`
 	TimeWaitSince *ebpf.Variable `ebpf:"time_wait_since"`
 }
 
@@ -261,6 +275,7 @@ type bpfVariables struct {
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfPrograms struct {
 	OnSetState *ebpf.Program `ebpf:"on_set_state"`
+	Owners     *ebpf.Program `ebpf:"owners"`
 	Snapshot   *ebpf.Program `ebpf:"snapshot"`
 	Walk       *ebpf.Program `ebpf:"walk"`
 }
@@ -268,6 +283,7 @@ type bpfPrograms struct {
 func (p *bpfPrograms) Close() error {
 	return _BpfClose(
 		p.OnSetState,
+		p.Owners,
 		p.Snapshot,
 		p.Walk,
 	)

@@ -17,6 +17,7 @@ import (
 const (
 	eventSize = int(unsafe.Sizeof(bpfEvent{}))
 	rowSize   = int(unsafe.Sizeof(bpfRow{}))
+	ownerSize = int(unsafe.Sizeof(bpfOwner{}))
 
 	rcvShutdown = 1 // RCV_SHUTDOWN, include/net/sock.h
 	sndShutdown = 2 // SEND_SHUTDOWN

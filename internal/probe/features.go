@@ -5,6 +5,7 @@ package probe
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -43,6 +44,8 @@ func Features() []Feature {
 			"a connection is known by its cookie", "a connection is known by network namespace, both ends and device"},
 		{"walk of the socket tables", func() (bool, error) { return canWalk(btf.NewCache()) },
 			"socket tables are read without a lock, by iter/tcp only for what has no cookie yet", "socket tables are read by iter/tcp alone"},
+		{"owners of sockets by iterator", func() (bool, error) { return showsOwners(btf.NewCache()) },
+			"who holds a connection, by iter/task_file", "who holds a connection, by /proc/PID/fd"},
 		{"entry stamp of minisocks", hasEntryStamp,
 			"minisocks that were there before are dated exactly", "minisocks that were there before are dated by their timer: a lower bound"},
 		{"count of skipped events", countsMisses,
@@ -109,6 +112,19 @@ func loads(instructions ...asm.Instruction) (bool, error) {
 		return false, err
 	}
 	return true, prog.Close()
+}
+
+// showsOwners says whether the kernel has bpf_sock_from_file(), which came with Linux 5.11.
+func showsOwners(kernel *btf.Cache) (bool, error) {
+	types, err := kernel.Kernel()
+	if err != nil {
+		return false, err
+	}
+	var helpers *btf.Enum
+	if err := types.TypeByName("bpf_func_id", &helpers); err != nil {
+		return false, fmt.Errorf("find the helpers of BPF: %w", err)
+	}
+	return slices.ContainsFunc(helpers.Values, func(v btf.EnumValue) bool { return v.Name == "BPF_FUNC_sock_from_file" }), nil
 }
 
 func hasEntryStamp() (bool, error) { return hasMember("inet_timewait_sock", "tw_entry_stamp") }

@@ -13,21 +13,92 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unsafe"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/fintrace/fintrace/internal/events"
 )
 
-// Owners looks through /proc/PID/fd for the processes that hold the sockets
-// with these inodes. A socket that several processes hold is given to the one
-// with the lowest pid. Those it cannot find, or may not see, are absent; the
-// error says, in one line, which processes it may not look at.
-func Owners(inodes map[uint64]bool) (map[uint64]events.Process, error) {
-	owners := make(map[uint64]events.Process, len(inodes))
-	if len(inodes) == 0 {
-		return owners, nil
+// An ownerIterator goes through the files of all processes for the sockets in a state.
+type ownerIterator struct {
+	iterator *link.Iter
+	state    *ebpf.Variable
+}
+
+// newOwnerIterator returns nil and no error where the kernel lacks what it takes.
+func newOwnerIterator(spec *ebpf.CollectionSpec, kernel *btf.Cache) (*ownerIterator, error) {
+	if there, err := showsOwners(kernel); err != nil || !there {
+		return nil, err
 	}
+	var objects struct {
+		Owners *ebpf.Program  `ebpf:"owners"`
+		State  *ebpf.Variable `ebpf:"owned_state"`
+	}
+	if err := spec.LoadAndAssign(&objects, &ebpf.CollectionOptions{Cache: kernel}); err != nil {
+		return nil, fmt.Errorf("load the iterator of files: %w", err)
+	}
+	defer objects.Owners.Close() // The link keeps it.
+	iterator, err := link.AttachIter(link.IterOptions{Program: objects.Owners})
+	if err != nil {
+		return nil, fmt.Errorf("attach the iterator of files: %w", err)
+	}
+	return &ownerIterator{iterator, objects.State}, nil
+}
+
+// Owners fills in the processes that hold the sockets, which are all in one state.
+// A socket that several processes hold is given to the one with the lowest pid.
+// Those whose process is not found, or may not be seen, have none; the error says,
+// in one line, what could not be looked at.
+func (p *Probe) Owners(sockets ...[]events.Socket) error {
+	var state events.State
+	wanted := map[uint64]*events.Process{}
+	for _, some := range sockets {
+		for i := range some {
+			s := &some[i]
+			s.Process = events.Process{}
+			wanted[s.Inode] = &s.Process
+			state = s.State
+		}
+	}
+	switch {
+	case len(wanted) == 0:
+		return nil
+	case p.owners == nil:
+		return findOwners(wanted)
+	}
+	if err := p.owners.find(state, wanted); err != nil {
+		return fmt.Errorf("who holds a connection: %w", err)
+	}
+	return nil
+}
+
+// find has the kernel look.
+func (o *ownerIterator) find(state events.State, wanted map[uint64]*events.Process) error {
+	if err := o.state.Set(uint8(state)); err != nil {
+		return err
+	}
+	files, err := o.iterator.Open()
+	if err != nil {
+		return err
+	}
+	defer files.Close()
+	return readRows(files, make([]byte, rowsPerRead*ownerSize), ownerSize, func(rows []byte) error {
+		for i := 0; i < len(rows); i += ownerSize {
+			raw := (*bpfOwner)(unsafe.Pointer(&rows[i]))
+			if owner, ok := wanted[raw.Inode]; ok && (!owner.Known() || raw.Pid < owner.PID) {
+				*owner = events.Process{PID: raw.Pid, Cgroup: raw.Cgroup, Comm: *(*[16]byte)(unsafe.Pointer(&raw.Comm))}
+			}
+		}
+		return nil
+	})
+}
+
+// findOwners looks through /proc/PID/fd, where the kernel has no such iterator.
+func findOwners(wanted map[uint64]*events.Process) error {
 	hidden := false
 	for _, pid := range pids() {
 		dir, err := openProcess(pid)
@@ -38,16 +109,14 @@ func Owners(inodes map[uint64]bool) (map[uint64]events.Process, error) {
 		found, err := socketInodes(dir)
 		hidden = hidden || errors.Is(err, fs.ErrPermission)
 		for _, inode := range found {
-			if !inodes[inode] {
-				continue
-			}
-			if held, ok := owners[inode]; ok && held.PID < pid {
+			owner, ok := wanted[inode]
+			if !ok || owner.Known() && owner.PID < pid {
 				continue
 			}
 			if !process.Known() {
 				process = readProcess(dir, pid)
 			}
-			owners[inode] = process
+			*owner = process
 		}
 		dir.Close()
 	}
@@ -60,9 +129,9 @@ func Owners(inodes map[uint64]bool) (map[uint64]events.Process, error) {
 	}
 	// With both a security module hides them, single ones and for good.
 	if !hidden || len(lacks) == 0 {
-		return owners, nil
+		return nil
 	}
-	return owners, fmt.Errorf("what processes of other users hold: no permission (%s)", strings.Join(lacks, ", "))
+	return fmt.Errorf("what processes of other users hold: no permission (%s)", strings.Join(lacks, ", "))
 }
 
 // openProcess opens a process's directory. Whoever is given the pid after the

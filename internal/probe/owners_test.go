@@ -13,7 +13,92 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/kerneltest"
 )
+
+// TestOwners: who has a socket open is found by the iterator of files and in
+// /proc; of two processes it is the one with the lower pid.
+func TestOwners(t *testing.T) {
+	kerneltest.Require(t)
+	ns := kerneltest.NewNamespace(t)
+	var (
+		l   net.Listener
+		err error
+	)
+	ns.Do(func() { l, err = net.Listen("tcp4", "127.0.0.1:0") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ends := map[events.State]*os.File{}
+	// The one that shuts down is in FIN_WAIT2, its peer in CLOSE_WAIT.
+	var client net.Conn
+	ns.Do(func() { client, err = net.Dial("tcp4", l.Addr().String()) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	if err := client.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatal(err)
+	}
+	for state, conn := range map[events.State]net.Conn{events.FinWait2: client, events.CloseWait: server} {
+		if ends[state], err = conn.(*net.TCPConn).File(); err != nil {
+			t.Fatal(err)
+		}
+		defer ends[state].Close()
+	}
+	inode := func(state events.State) uint64 {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(ends[state].Fd()), &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Ino
+	}
+	// A second that has them open, and a later pid.
+	other := exec.Command("cat")
+	other.ExtraFiles = []*os.File{ends[events.FinWait2], ends[events.CloseWait]}
+	input, err := other.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { input.Close(); _ = other.Wait() }()
+
+	dir, err := openProcess(uint32(os.Getpid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	own := readProcess(dir, uint32(os.Getpid()))
+	for name, opts := range map[string]Options{"iterator": {}, "proc": {Plain: true}} {
+		p, err := Open(opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		for state := range ends {
+			sockets := [][]events.Socket{{{State: state, Inode: 1}}, {}, {{State: state, Inode: 2}, {State: state, Inode: inode(state)}}}
+			if err := p.Owners(sockets...); err != nil {
+				t.Fatal(err)
+			}
+			if got := sockets[2][1].Process; got != own || sockets[0][0].Process.Known() {
+				t.Errorf("%s: the socket in %s is held by %+v, want %+v; one that is not there by %+v", name, state, got, own, sockets[0][0].Process)
+			}
+		}
+	}
+}
 
 // TestPIDReused has a process that holds a socket end, and another that holds it
 // too be given its pid: it is not taken for the first.

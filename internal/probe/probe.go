@@ -21,7 +21,7 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-O2 -g -Wall -Werror" -target amd64,arm64 -type event -type row bpf ../../bpf/fintrace.bpf.c
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-O2 -g -Wall -Werror" -target amd64,arm64 -type event -type row -type owner bpf ../../bpf/fintrace.bpf.c
 
 // Options choose what the kernel side reports.
 type Options struct {
@@ -33,9 +33,9 @@ type Options struct {
 	// RingBytes is the size of the ring buffer, a power of two and a multiple
 	// of the page size; 0 is the default of 4 MiB.
 	RingBytes int
-	// Iterator has Snapshot use the socket iterator alone, as it does on kernels
-	// that lack what the walk takes.
-	Iterator bool
+	// Plain does without the walk and the iterator of owners, as on kernels that
+	// lack what they take.
+	Plain bool
 }
 
 // Probe is the loaded kernel side.
@@ -43,8 +43,9 @@ type Probe struct {
 	objects  objects
 	attached link.Link
 	iterator *link.Iter
-	walker   *walker     // nil: the kernel lacks what it takes
-	looked   events.Time // when the last snapshot began
+	owners   *ownerIterator // nil: the kernel lacks what it takes
+	walker   *walker        // nil: the same
+	looked   events.Time    // when the last snapshot began
 	ring     *ring
 	clock    clock
 	bare     bool // without BPF: only clock is set
@@ -115,9 +116,13 @@ func Open(opts Options) (_ *Probe, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach the socket iterator: %w", err)
 	}
-	if !opts.Iterator {
-		p.walker, err = newWalker(spec, types)
+	if opts.Plain {
+		return p, nil
 	}
+	if p.owners, err = newOwnerIterator(spec, types); err != nil {
+		return nil, err
+	}
+	p.walker, err = newWalker(spec, types)
 	return p, err
 }
 
@@ -173,6 +178,9 @@ func (p *Probe) Close() error {
 	}
 	if p.iterator != nil {
 		errs = append(errs, p.iterator.Close())
+	}
+	if p.owners != nil {
+		errs = append(errs, p.owners.iterator.Close())
 	}
 	if p.walker != nil {
 		errs = append(errs, p.walker.close())

@@ -172,32 +172,45 @@ func (l *look) iterate(inode uint32) error {
 	if l.bytes == nil {
 		l.bytes = make([]byte, rowsPerRead*rowSize)
 	}
-	filled := 0
-	for {
-		n, err := sockets.Read(l.bytes[filled:])
-		filled += n
+	err = readRows(sockets, l.bytes, rowSize, func(rows []byte) error {
 		l.sockets = l.sockets[:0]
-		used := 0
-		for ; filled-used >= rowSize; used += rowSize {
+		for i := 0; i < len(rows); i += rowSize {
 			l.sockets = append(l.sockets, events.Socket{})
-			if err := l.clock.decodeRow(l.bytes[used:used+rowSize], &l.sockets[len(l.sockets)-1]); err != nil {
+			if err := l.clock.decodeRow(rows[i:i+rowSize], &l.sockets[len(l.sockets)-1]); err != nil {
 				return err
 			}
 		}
-		filled = copy(l.bytes, l.bytes[used:filled])
 		if len(l.sockets) > 0 {
 			l.fn(l.sockets)
 		}
-		if errors.Is(err, io.EOF) {
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("walk the sockets: %w", err)
+	}
+	return nil
+}
+
+// readRows reads an iterator to its end and calls fn with whole rows of a size,
+// some at a time, in the buffer.
+func readRows(iterator io.Reader, buffer []byte, size int, fn func(rows []byte) error) error {
+	filled := 0
+	for {
+		n, err := iterator.Read(buffer[filled:])
+		filled += n
+		whole := filled / size * size
+		if err := fn(buffer[:whole]); err != nil {
+			return err
+		}
+		filled = copy(buffer, buffer[whole:filled])
+		switch {
+		case errors.Is(err, io.EOF):
 			return nil
-		}
-		// bpf_seq_read() of kernel/bpf/bpf_iter.c: a million sockets that are not
-		// shown, as those in TIME_WAIT, are as many as one read may pass.
-		if errors.Is(err, unix.EAGAIN) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("walk the sockets: %w", err)
+		case errors.Is(err, unix.EAGAIN):
+			// bpf_seq_read() of kernel/bpf/bpf_iter.c: a million that are not shown,
+			// as sockets in TIME_WAIT, are as many as one read may pass.
+		case err != nil:
+			return err
 		}
 	}
 }

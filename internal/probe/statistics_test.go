@@ -66,12 +66,10 @@ func TestCloseWait(t *testing.T) {
 			if len(sockets) != 1 || sockets[0].Flow != want || sockets[0].Netns != ns.Inode || sockets[0].State != events.CloseWait {
 				t.Fatalf("%+v, want %+v", sockets, want)
 			}
-			owners, err := Owners(map[uint64]bool{sockets[0].Inode: true})
-			if err != nil {
+			if err := new(Probe).Owners(sockets); err != nil {
 				t.Error(err)
 			}
-			owner := owners[sockets[0].Inode]
-			if int(owner.PID) != os.Getpid() {
+			if owner := sockets[0].Process; int(owner.PID) != os.Getpid() {
 				t.Errorf("it is held by %d, want %d", owner.PID, os.Getpid())
 			}
 			// The client's end is a minisock once the ACK of its FIN has come.

@@ -3,6 +3,7 @@
 package report
 
 import (
+	"bufio"
 	"cmp"
 	"fmt"
 	"io"
@@ -15,9 +16,21 @@ import (
 
 // SortOldest puts the oldest first.
 func SortOldest(conns []track.Conn) {
-	slices.SortFunc(conns, func(a, b track.Conn) int {
-		return cmp.Or(cmp.Compare(b.Duration, a.Duration), cmp.Compare(a.Cookie, b.Cookie))
-	})
+	// They are large: each is moved once, to its place.
+	order := make([]int, len(conns))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortFunc(order, func(a, b int) int { return oldestFirst(&conns[a], &conns[b]) })
+	for i := range order {
+		first, to := conns[i], i
+		for order[to] != i {
+			from := order[to]
+			conns[to], order[to] = conns[from], to
+			to = from
+		}
+		conns[to], order[to] = first, to
+	}
 }
 
 // List prints connections as a table.
@@ -73,6 +86,7 @@ func proxyName(c *track.Conn) string {
 
 // print writes a table's lines: the titles bold, the marked rows red.
 func print(w io.Writer, lines []string, style Style, marked func(row int) bool) error {
+	out := bufio.NewWriter(w)
 	for i, text := range lines {
 		switch {
 		case i == 0:
@@ -80,11 +94,10 @@ func print(w io.Writer, lines []string, style Style, marked func(row int) bool) 
 		case marked(i - 1):
 			text = style.paint("31", text)
 		}
-		if _, err := fmt.Fprintln(w, text); err != nil {
-			return err
-		}
+		// An error stays until Flush.
+		fmt.Fprintln(out, text)
 	}
-	return nil
+	return out.Flush()
 }
 
 // Group is connections that have something in common.

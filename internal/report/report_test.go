@@ -5,9 +5,11 @@ package report
 import (
 	"encoding/json"
 	"flag"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -345,6 +347,17 @@ func TestSortOldest(t *testing.T) {
 	}
 	if diff := cmp.Diff([]uint64{0x1a, 1, 0x2b, 0x3c}, got); diff != "" {
 		t.Error(diff)
+	}
+	for n := range 100 {
+		many := make([]track.Conn, n)
+		for i := range many {
+			many[i] = track.Conn{Cookie: uint64(i), Duration: time.Duration(rand.IntN(1 + n/2))}
+		}
+		want := slices.Clone(many)
+		slices.SortFunc(want, func(a, b track.Conn) int { return oldestFirst(&a, &b) })
+		if SortOldest(many); !slices.Equal(many, want) {
+			t.Fatalf("%d are sorted into %+v", n, many)
+		}
 	}
 }
 

@@ -437,9 +437,9 @@ func (r *run) invariants() {
 		r.t.Fatalf("shed %d", c.Shed)
 	}
 	n := 0
-	r.tracker.All(r.now, func(c Conn) {
+	r.tracker.All(r.now, func(c *Conn) {
 		n++
-		r.honest(&c, r.now)
+		r.honest(c, r.now)
 	})
 	if n != r.tracker.Len() {
 		r.t.Fatalf("All showed %d of %d", n, r.tracker.Len())

@@ -211,7 +211,7 @@ func (s *scenario) end(words words) string {
 func (s *scenario) state() string {
 	var b strings.Builder
 	var conns []Conn
-	s.tracker.All(s.now, func(c Conn) { conns = append(conns, c) })
+	s.tracker.All(s.now, func(c *Conn) { conns = append(conns, *c) })
 	slices.SortFunc(conns, func(a, b Conn) int { return int(a.Cookie) - int(b.Cookie) })
 	for i := range conns {
 		fmt.Fprintln(&b, describe(&conns[i]))

@@ -3,7 +3,7 @@
 package track
 
 import (
-	"math"
+	"sync"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -57,15 +57,14 @@ func TestTable(t *testing.T) {
 }
 
 // colliding are cookies of which many have the same place, the last one included.
-var colliding = func() func() []uint64 {
-	var found []uint64
+var colliding = sync.OnceValue(func() (found []uint64) {
 	places := map[uint32]int{}
-	for cookie := uint64(1); len(found) < 400 && cookie < math.MaxUint32; cookie++ {
+	for cookie := range uint64(1 << 16) {
 		place := hashOf(cookie) >> 24
 		if (place < 2 || place > 252) && places[place] < 60 || place%32 == 7 && places[place] < 10 {
 			places[place]++
 			found = append(found, cookie)
 		}
 	}
-	return func() []uint64 { return found }
-}()
+	return found
+})

@@ -126,6 +126,15 @@ func (t *Tracker) Get(cookie uint64, now events.Time) (Conn, bool) {
 	return t.view(t.slab.at(i), now), true
 }
 
+// Owner is the process of a connection; not known if the connection is not.
+func (t *Tracker) Owner(cookie uint64) events.Process {
+	i, ok := t.table.get(&t.slab, cookie)
+	if !ok {
+		return events.Process{}
+	}
+	return t.slab.at(i).process
+}
+
 // SetRules replaces the rules, as of now. The notices are valid until the next
 // call of a method that returns some.
 func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
@@ -170,16 +179,19 @@ func (t *Tracker) Cookies(fn func(uint64)) {
 }
 
 // All calls fn for each connection, in no order, as of now.
-func (t *Tracker) All(now events.Time, fn func(Conn)) {
-	t.slab.each(func(_ index, c *conn) { fn(t.view(c, now)) })
+func (t *Tracker) All(now events.Time, fn func(*Conn)) {
+	t.show(now, func(*conn) bool { return true }, fn)
 }
 
-// Overdue calls fn for each connection that is past its limit, in no order, as
-// of now. What fn is given is its own until it returns.
+// Overdue is All of those that are past their limit.
 func (t *Tracker) Overdue(now events.Time, fn func(*Conn)) {
+	t.show(now, func(c *conn) bool { return c.overdue }, fn)
+}
+
+func (t *Tracker) show(now events.Time, which func(*conn) bool, fn func(*Conn)) {
 	var v Conn // One for all: there may be very many.
 	t.slab.each(func(_ index, c *conn) {
-		if c.overdue {
+		if which(c) {
 			v = t.view(c, now)
 			fn(&v)
 		}
@@ -191,15 +203,16 @@ func (t *Tracker) Overdue(now events.Time, fn func(*Conn)) {
 const expiredAtOnce = 4096
 
 // Advance makes the time now, or as much of it as one call should: Next says
-// whether there is more. A full socket is overdue if look, asked for a
-// fresh look at its namespace, flow and cookie, finds it in FIN_WAIT2: a record
-// may be lost without anybody knowing. The notices are valid until the next
-// call of a method that returns some.
+// whether there is more. A full socket that was not seen past its limit is overdue
+// if look, asked for a fresh look at its namespace, flow and cookie, finds it in
+// FIN_WAIT2: a record may be lost without anybody knowing. The notices are valid
+// until the next call of a method that returns some.
 func (t *Tracker) Advance(now events.Time, look func(netns uint32, f events.Flow, cookie uint64) bool) []Notice {
 	t.begin()
 	t.wheel.expire(&t.slab, now, expiredAtOnce, func(i index) {
 		c := t.slab.at(i)
-		if c.stage == events.Minisock || !look(c.netns, c.flow, c.cookie) {
+		seen := c.alive >= c.overdueFrom(c.limit(&t.rules))
+		if c.stage == events.Minisock || !seen && !look(c.netns, c.flow, c.cookie) {
 			t.doubtful = true
 			return
 		}
