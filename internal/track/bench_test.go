@@ -42,14 +42,10 @@ func filled(n int) *Tracker {
 	return t
 }
 
-// The memory of a million of these is what the budget of 250 bytes is mostly
-// spent on; the rest is the map.
+// A connection is two cache lines, in a chunk that begins with one.
 func TestConnSize(t *testing.T) {
-	const bound = 200
-	size := unsafe.Sizeof(conn{})
-	t.Logf("a connection is %d bytes", size)
-	if size > bound {
-		t.Errorf("a connection is %d bytes, more than %d", size, bound)
+	if size := unsafe.Sizeof(conn{}); size != 128 {
+		t.Errorf("a connection is %d bytes, want 128", size)
 	}
 }
 

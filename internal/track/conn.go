@@ -10,14 +10,15 @@ import (
 	"github.com/fintrace/fintrace/internal/limits"
 )
 
-// conn is one connection of the table. It is kept small and free of pointers:
-// there may be a million.
+// conn is one connection of the table. It is kept small, two cache lines, and free
+// of pointers: there may be a million.
 type conn struct {
-	cookie  uint64
-	process events.Process
-	flow    events.Flow
-	netns   uint32
-	place   uint32 // of HAProxy's, by number
+	cookie     uint64
+	remote     [16]byte
+	remotePort uint16
+	localPort  uint16
+	origin     uint32 // by number
+	place      uint32 // of HAProxy's, by number
 
 	since    events.Time // the entry into FIN_WAIT2, or the earliest that is known
 	closed   events.Time // when the last process gave it up; 0 while held
@@ -108,15 +109,43 @@ type Conn struct {
 	EndExact bool
 }
 
+// origin is that of c. It is valid until a connection comes or goes.
+func (t *Tracker) origin(c *conn) *origin { return t.origins.at(c.origin) }
+
+func (t *Tracker) flow(c *conn) events.Flow {
+	from := t.origin(c)
+	return events.Flow{
+		Local:  events.Endpoint{Addr: from.local, Port: c.localPort},
+		Remote: events.Endpoint{Addr: c.remote, Port: c.remotePort},
+		Device: from.device,
+	}
+}
+
+// setOrigin is for a connection that has none yet.
+func (t *Tracker) setOrigin(c *conn, netns uint32, f events.Flow, p events.Process) {
+	c.remote, c.remotePort, c.localPort = f.Remote.Addr, f.Remote.Port, f.Local.Port
+	c.origin = t.origins.hold(origin{process: p, netns: netns, device: f.Device, local: f.Local.Addr})
+}
+
+// setProcess is for a connection whose process becomes known later.
+func (t *Tracker) setProcess(c *conn, p events.Process) {
+	from := *t.origin(c)
+	from.process = p
+	before := c.origin
+	c.origin = t.origins.hold(from)
+	t.origins.release(before)
+}
+
 // view is c as of now.
 func (t *Tracker) view(c *conn, now events.Time) Conn {
+	from := t.origin(c)
 	v := Conn{
 		Cookie:      c.cookie,
-		Netns:       c.netns,
-		Flow:        c.flow,
+		Netns:       from.netns,
+		Flow:        t.flow(c),
 		Side:        c.side,
 		Stage:       c.stage,
-		Process:     c.process,
+		Process:     from.process,
 		ClosedBy:    c.closedBy,
 		Since:       c.since,
 		SinceExact:  !c.inexact,

@@ -89,8 +89,8 @@ func (c *conn) closing() bool { return c.stage == events.Held && c.closedBy == e
 // refresh brings a connection up to date with what a snapshot shows of it.
 func (t *Tracker) refresh(i index, s *events.Socket) {
 	c := t.slab.at(i)
-	if s.Process.Known() && !c.process.Known() {
-		c.process = s.Process
+	if s.Process.Known() && !t.origin(c).process.Known() {
+		t.setProcess(c, s.Process)
 		if c.closedBy == 0 {
 			c.closedBy = events.ByShutdown
 		}
@@ -172,15 +172,13 @@ func (t *Tracker) seed(s *events.Socket) {
 		t.counters.Corrected++
 	}
 	c := t.slab.at(i)
-	c.flow = s.Flow
-	c.netns = s.Netns
+	t.setOrigin(c, s.Netns, s.Flow, s.Process)
 	t.setStage(c, s.Stage)
 	c.side = t.sideOf(s.Accepted, s.Netns, s.Flow.Local.Port)
 	c.alive, c.inode = s.Time, uint32(s.Inode)
-	c.process = s.Process
 	t.locate(c)
 	c.setTimers(s.Timers)
-	if c.stage == events.Held && c.process.Known() {
+	if c.stage == events.Held && s.Process.Known() {
 		c.closedBy = events.ByShutdown
 	}
 	c.since, c.inexact = since, inexact
@@ -305,21 +303,22 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 	}
 	later := map[uint32]uint64{} // connections that the counter may have risen for and that the next snapshot judges
 	t.slab.each(func(i index, c *conn) {
+		from := t.origin(c)
 		if c.alive >= t.began {
 			if c.stage == events.Minisock && c.alive == c.mini {
-				later[c.netns]++
+				later[from.netns]++
 			}
 			return
 		}
-		_, covered := cov.Netns[c.netns]
+		_, covered := cov.Netns[from.netns]
 		// No snapshot ever showed the minisock: there may never have been one.
-		never := c.alive == c.mini && full[c.netns] > 0
+		never := c.alive == c.mini && full[from.netns] > 0
 		switch {
 		case !covered:
 			// Its namespace is gone, or closed to us: nothing will ever show the
 			// end of a minisock, or of a full socket whose record was lost.
-			if c.stage == events.Held && c.process.Known() && !c.closing() {
-				if holds(c.process, uint64(c.inode), c.alive) {
+			if c.stage == events.Held && from.process.Known() && !c.closing() {
+				if holds(from.process, uint64(c.inode), c.alive) {
 					return
 				}
 			} else if c.overdueFrom(c.limit(&t.rules)) > cov.End {
@@ -340,9 +339,9 @@ func (t *Tracker) EndSnapshot(cov events.Coverage, reused func(netns uint32, f e
 			// is not known.
 			t.end(i, max(c.deadline, c.alive), events.KernelTimeout, c.alive <= c.deadline)
 		case never:
-			full[c.netns]--
+			full[from.netns]--
 			t.end(i, c.mini, events.TableFull, true)
-		case reused(c.netns, c.flow):
+		case reused(from.netns, t.flow(c)):
 			t.end(i, c.alive, events.Unseen, false)
 		default:
 			t.end(i, c.alive, events.Reset, false)

@@ -58,9 +58,10 @@ func TestTable(t *testing.T) {
 
 // colliding are cookies of which many have the same place, the last one included.
 var colliding = sync.OnceValue(func() (found []uint64) {
-	places := map[uint32]int{}
+	least := table{entries: make([]tableEntry, leastEntries)}
+	places := map[int]int{}
 	for cookie := range uint64(1 << 16) {
-		place := hashOf(cookie) >> 24
+		place := least.home(hashOf(cookie))
 		if (place < 2 || place > 252) && places[place] < 60 || place%32 == 7 && places[place] < 10 {
 			places[place]++
 			found = append(found, cookie)

@@ -66,6 +66,7 @@ type Tracker struct {
 	capacity int
 	table    table
 	slab     slab
+	origins  origins
 	wheel    wheel
 	counters Counters
 	stages   [events.Minisock + 1]int // connections in each
@@ -91,6 +92,7 @@ func New(rules limits.Rules, capacity int) *Tracker {
 	return &Tracker{
 		rules:     rules,
 		capacity:  capacity,
+		origins:   origins{numbers: map[origin]uint32{}},
 		ended:     map[uint64]struct{}{},
 		listeners: map[listener]uint32{},
 		overflow:  map[uint32]uint64{},
@@ -132,7 +134,7 @@ func (t *Tracker) Owner(cookie uint64) events.Process {
 	if !ok {
 		return events.Process{}
 	}
-	return t.slab.at(i).process
+	return t.origin(t.slab.at(i)).process
 }
 
 // SetRules replaces the rules, as of now. The notices are valid until the next
@@ -151,11 +153,12 @@ func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
 
 // locate finds out which proxy of HAProxy c belongs to.
 func (t *Tracker) locate(c *conn) {
-	c.place = t.rules.Place(c.netns, c.flow, c.side, c.process.PID)
-	if c.place == 0 && c.stage > events.Held && haproxy.IsName(c.process.Name()) {
+	from, flow := t.origin(c), t.flow(c)
+	c.place = t.rules.Place(from.netns, flow, c.side, from.process.PID)
+	if c.place == 0 && c.stage > events.Held && haproxy.IsName(from.process.Name()) {
 		// The worker that closed it has ended; those that have taken over have
 		// the same proxies, most often.
-		c.place = t.rules.Place(c.netns, c.flow, c.side, 0)
+		c.place = t.rules.Place(from.netns, flow, c.side, 0)
 	}
 	t.choose(c)
 }
@@ -166,7 +169,8 @@ func (t *Tracker) choose(c *conn) {
 		c.rule = 0
 		return
 	}
-	s := limits.Subject{Netns: c.netns, Flow: &c.flow, Side: c.side, Stage: c.stage, Process: &c.process}
+	from, flow := t.origin(c), t.flow(c)
+	s := limits.Subject{Netns: from.netns, Flow: &flow, Side: c.side, Stage: c.stage, Process: &from.process}
 	if c.place != 0 {
 		s.Place = t.rules.HAProxy.Place(c.place)
 	}
@@ -212,7 +216,7 @@ func (t *Tracker) Advance(now events.Time, look func(netns uint32, f events.Flow
 	t.wheel.expire(&t.slab, now, expiredAtOnce, func(i index) {
 		c := t.slab.at(i)
 		seen := c.alive >= c.overdueFrom(c.limit(&t.rules))
-		if c.stage == events.Minisock || !seen && !look(c.netns, c.flow, c.cookie) {
+		if c.stage == events.Minisock || !seen && !look(t.origin(c).netns, t.flow(c), c.cookie) {
 			t.doubtful = true
 			return
 		}
@@ -236,46 +240,50 @@ func (t *Tracker) begin() {
 // that returns some.
 func (t *Tracker) Apply(ev *events.Event) []Notice {
 	t.begin()
-	t.succeed(ev)
+	i, known := t.table.get(&t.slab, ev.Cookie)
+	if known && t.succeeds(i, ev) {
+		i = 0
+	}
 	switch {
 	case ev.Old == events.FinWait1 && ev.New == events.FinWait2:
-		t.enter(ev)
+		t.enter(i, ev)
 	case ev.Old == events.FinWait2 && ev.New == events.FinWait2:
-		t.close(ev)
+		t.close(i, ev)
 	case ev.Old == events.FinWait2:
-		t.leave(ev)
+		t.leave(i, ev)
 	}
 	return t.notices
 }
 
-// succeed ends the connection whose identity a new one has: where the kernel
-// gives no cookies, that is the flow. An entry that was seen to be there before
-// is its own, and minisocks have no events.
-func (t *Tracker) succeed(ev *events.Event) {
-	i, ok := t.table.get(&t.slab, ev.Cookie)
-	if !ok || ev.Old != events.FinWait1 && ev.Old != events.FinWait2 {
-		return
-	}
+// succeeds says that an event is of a new connection which has the identity of i:
+// where the kernel gives no cookies, that is the flow. It has ended i. An entry
+// that was seen to be there before is its own, and minisocks have no events.
+func (t *Tracker) succeeds(i index, ev *events.Event) bool {
 	c := t.slab.at(i)
 	switch {
-	case ev.Old == events.FinWait1 && ev.Time <= c.alive:
-	case ev.Old == events.FinWait2 && (c.stage != events.Minisock || ev.Time.Sub(c.mini) <= handoverTime):
+	case ev.Old != events.FinWait1 && ev.Old != events.FinWait2,
+		ev.Old == events.FinWait1 && ev.Time <= c.alive,
+		ev.Old == events.FinWait2 && (c.stage != events.Minisock || ev.Time.Sub(c.mini) <= handoverTime):
+		return false
 	case c.stage == events.Minisock && c.deadline <= ev.Time:
 		t.end(i, max(c.deadline, c.alive), events.KernelTimeout, c.alive <= c.deadline)
 	default:
 		t.counters.Corrected++
 		t.end(i, c.alive, events.Unseen, false)
 	}
+	return true
 }
 
-// enter is FIN_WAIT1 → FIN_WAIT2: the peer has acknowledged our FIN.
-func (t *Tracker) enter(ev *events.Event) {
-	if i, ok := t.table.get(&t.slab, ev.Cookie); ok {
+// enter is FIN_WAIT1 → FIN_WAIT2: the peer has acknowledged our FIN. In it and
+// the like, i is 0 for a connection that is not in the table.
+func (t *Tracker) enter(i index, ev *events.Event) {
+	if i != 0 {
 		// A snapshot was quicker.
 		c := t.slab.at(i)
 		c.since, c.inexact = ev.Time, false
 		if c.stage == events.Held && ev.Process.Known() {
-			c.process, c.closedBy = ev.Process, events.ByShutdown
+			t.setProcess(c, ev.Process)
+			c.closedBy = events.ByShutdown
 			t.locate(c)
 		}
 		if t.relimit(i, ev.Time) {
@@ -283,13 +291,12 @@ func (t *Tracker) enter(ev *events.Event) {
 		}
 		return
 	}
-	i := t.open(ev)
-	if i == 0 {
+	if i = t.open(ev); i == 0 {
 		return
 	}
 	c := t.slab.at(i)
 	t.setStage(c, events.Held)
-	if c.process.Known() {
+	if ev.Process.Known() {
 		c.closedBy = events.ByShutdown
 	}
 	if ev.Dead {
@@ -300,9 +307,8 @@ func (t *Tracker) enter(ev *events.Event) {
 }
 
 // close is FIN_WAIT2 → FIN_WAIT2: tcp_close_state() of close() on a held socket.
-func (t *Tracker) close(ev *events.Event) {
-	i, known := t.table.get(&t.slab, ev.Cookie)
-	if !known {
+func (t *Tracker) close(i index, ev *events.Event) {
+	if i == 0 {
 		if i = t.discover(ev); i == 0 {
 			return
 		}
@@ -312,7 +318,7 @@ func (t *Tracker) close(ev *events.Event) {
 	c := t.slab.at(i)
 	c.alive = ev.Time
 	if ev.Process.Known() {
-		c.process = ev.Process
+		t.setProcess(c, ev.Process)
 		t.locate(c)
 	}
 	c.closedBy = events.ByClose
@@ -330,8 +336,8 @@ const handoverTime = 500 * time.Millisecond
 
 // leave is FIN_WAIT2 → CLOSE, which for the event stream is the end, but for
 // the connection may be the handover to a minisock.
-func (t *Tracker) leave(ev *events.Event) {
-	i, known := t.table.get(&t.slab, ev.Cookie)
+func (t *Tracker) leave(i index, ev *events.Event) {
+	known := i != 0
 	if !known {
 		if i = t.discover(ev); i == 0 {
 			return
@@ -431,9 +437,7 @@ func (t *Tracker) open(ev *events.Event) index {
 		return 0
 	}
 	c := t.slab.at(i)
-	c.process = ev.Process
-	c.flow = ev.Flow
-	c.netns = ev.Netns
+	t.setOrigin(c, ev.Netns, ev.Flow, ev.Process)
 	c.since = ev.Time
 	c.alive = ev.Time
 	c.setTimers(ev.Timers)
@@ -554,6 +558,7 @@ func (t *Tracker) drop(i index) {
 	t.stages[c.stage]--
 	t.wheel.remove(&t.slab, i)
 	t.table.remove(&t.slab, c.cookie)
+	t.origins.release(c.origin)
 	t.slab.give(i)
 }
 
