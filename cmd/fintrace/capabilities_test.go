@@ -111,6 +111,9 @@ func TestCapabilities(t *testing.T) {
 						t.Errorf("it does not say %q:\n%s", want, said)
 					}
 				}
+				if command == "list" && !slices.Contains(row.without, "CAP_BPF") && !strings.Contains(said, holder) {
+					t.Errorf("of the connections of %s not one is there:\n%s", holder, said)
+				}
 				if command == "daemon" && !slices.Contains(row.says, "no permission to use BPF") &&
 					!(strings.Contains(said, "msg=confined") && strings.Contains(said, "missing=[]") && strings.Contains(said, "msg=watching")) {
 					t.Errorf("it does not watch:\n%s", said)

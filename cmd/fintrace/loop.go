@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -21,17 +23,22 @@ import (
 )
 
 const (
-	// batchDelay is how long records gather before they are read: at most 20
+	// batchDelay is how long records gather before they are read: at most 10
 	// wake-ups a second, however many connections.
-	batchDelay = 50 * time.Millisecond
+	batchDelay = 100 * time.Millisecond
 	// reconcileEvery is how long the table goes without a look at the sockets.
 	reconcileEvery = 30 * time.Second
 	// doubtfulAtMost is how long it goes while something is in doubt.
 	doubtfulAtMost = 10 * time.Second
 	// checkEvery is how often the kernel side is asked whether records were lost.
 	checkEvery = time.Second
-	// lookupsPerPass bounds the sockets that are asked for one by one.
-	lookupsPerPass = 10_000
+	// lookupsPerPass bounds the flows that are asked for one by one, each with
+	// some system calls: they are of minisocks that are gone early, and where that
+	// is many their ports have new connections.
+	lookupsPerPass = 256
+	// holdersPerPass bounds the connections of namespaces that are gone whose
+	// holders are looked at.
+	holdersPerPass = 10_000
 )
 
 // watch is the loop between the kernel and the table: one goroutine that owns
@@ -57,6 +64,7 @@ type watch struct {
 	counters probe.Counters
 	checked  events.Time // when the counters were read
 	losses   uint64      // lost and missed records as of the last snapshot
+	drainAt  events.Time // when records are read; 0: once there are some
 	began    events.Time // the last snapshot
 	ended    events.Time
 	cost     time.Duration // of the last snapshot, of one processor
@@ -84,16 +92,14 @@ func (w *watch) seed(ctx context.Context) error {
 
 // run goes on until ctx ends.
 func (w *watch) run(ctx context.Context) error {
-	// The kernel's types and the rows of the first look are not needed any more.
-	debug.FreeOSMemory()
+	settle()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var drainAt events.Time // 0: no record is waiting
 	again := probe.Now()    // the first turn is at once
 	w.running = true
 	for {
 		now := probe.Now()
-		timer.Reset(max(min(w.nextWake(drainAt), again).Sub(now), 0))
+		timer.Reset(max(min(w.nextWake(), again).Sub(now), 0))
 		select {
 		case <-ctx.Done():
 			return w.finish(ctx)
@@ -101,8 +107,8 @@ func (w *watch) run(ctx context.Context) error {
 			do()
 			continue
 		case <-w.probe.Ready():
-			if drainAt == 0 {
-				drainAt = probe.Now().Add(batchDelay)
+			if w.drainAt == 0 {
+				w.drainAt = probe.Now().Add(batchDelay)
 			}
 			continue
 		case found := <-w.haproxies.running:
@@ -114,7 +120,6 @@ func (w *watch) run(ctx context.Context) error {
 		if err := w.drain(); err != nil {
 			return err
 		}
-		drainAt = 0
 		if now >= w.checked.Add(checkEvery) || w.due(now) {
 			if err := w.check(now); err != nil {
 				return err
@@ -132,6 +137,16 @@ func (w *watch) run(ctx context.Context) error {
 		if w.turn != nil {
 			again = w.turn(probe.Now())
 		}
+	}
+}
+
+// settle is for the long run. The kernel's types and the rows of the first look
+// are not needed any more; and there is never so much to do that a second
+// processor is worth being woken for.
+func settle() {
+	debug.FreeOSMemory()
+	if _, set := os.LookupEnv("GOMAXPROCS"); !set {
+		runtime.GOMAXPROCS(1)
 	}
 }
 
@@ -179,10 +194,10 @@ func (w *watch) finish(ctx context.Context) error {
 	return w.reconcile(ctx)
 }
 
-func (w *watch) nextWake(drainAt events.Time) events.Time {
+func (w *watch) nextWake() events.Time {
 	wake := min(w.checked.Add(checkEvery), w.nextSnapshot())
-	if drainAt != 0 {
-		wake = min(wake, drainAt)
+	if w.drainAt != 0 {
+		wake = min(wake, w.drainAt)
 	}
 	if at, ok := w.tracker.Next(); ok {
 		wake = min(wake, at)
@@ -222,13 +237,18 @@ func (w *watch) check(now events.Time) (err error) {
 }
 
 func (w *watch) drain() error {
-	return w.probe.Drain(func(ev *events.Event) {
+	some, err := w.probe.Drain(func(ev *events.Event) {
 		w.haproxies.noticed(ev.Process)
 		w.each(w.tracker.Apply(ev))
 		if w.onEvent != nil {
 			w.onEvent(ev)
 		}
 	})
+	w.drainAt = 0
+	if some {
+		w.drainAt = probe.Now().Add(batchDelay)
+	}
+	return err
 }
 
 // reconcile looks at all sockets. The held ones that nobody is known to hold are
@@ -259,16 +279,7 @@ func (w *watch) reconcile(ctx context.Context) error {
 		cov, err = w.probe.Snapshot(known, func(sockets []events.Socket) {
 			inLoop(func() error {
 				drained := w.drain()
-				var without []events.Socket
-				owned := sockets[:0]
-				for i := range sockets {
-					s := &sockets[i]
-					if s.Stage == events.Held && !w.tracker.Owner(s.Cookie).Known() {
-						without = append(without, *s)
-					} else {
-						owned = append(owned, *s)
-					}
-				}
+				owned, without := w.divide(sockets)
 				unowned = append(unowned, without)
 				w.each(w.tracker.Observe(owned))
 				return drained
@@ -290,7 +301,7 @@ func (w *watch) reconcile(ctx context.Context) error {
 	w.skipped = cov.Skipped
 	w.warnOf(cov.Skipped)
 	defer w.lookup.Close()
-	lookups := 0
+	lookups, held := 0, 0
 	var holders probe.Holders
 	w.each(w.tracker.EndSnapshot(cov, func(netns uint32, f events.Flow) bool {
 		if lookups++; lookups > lookupsPerPass {
@@ -299,7 +310,7 @@ func (w *watch) reconcile(ctx context.Context) error {
 		state, _, err := w.lookup.Find(netns, f)
 		return state != 0 || err != nil
 	}, func(p events.Process, inode uint64, then events.Time) bool {
-		if lookups++; lookups > lookupsPerPass {
+		if held++; held > holdersPerPass {
 			return true
 		}
 		return holders.Hold(p.PID, inode, then)
@@ -310,6 +321,32 @@ func (w *watch) reconcile(ctx context.Context) error {
 		w.looked(w.ended.Sub(began), time.Now())
 	}
 	return nil
+}
+
+// divide parts sockets into those that are held by somebody not known, in memory
+// of their own, and the others.
+func (w *watch) divide(sockets []events.Socket) (others, without []events.Socket) {
+	unknown := func(s *events.Socket) bool {
+		return s.Stage == events.Held && !w.tracker.Owner(s.Cookie).Known()
+	}
+	n := 0
+	for i := range sockets {
+		if unknown(&sockets[i]) {
+			n++
+		}
+	}
+	if n == 0 {
+		return sockets, nil
+	}
+	others, without = sockets[:0], make([]events.Socket, 0, n)
+	for i := range sockets {
+		if s := &sockets[i]; unknown(s) {
+			without = append(without, *s)
+		} else {
+			others = append(others, *s)
+		}
+	}
+	return others, without
 }
 
 // unlooked is for a snapshot that could not be taken, for want of a descriptor or

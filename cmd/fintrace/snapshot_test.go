@@ -46,7 +46,7 @@ func TestSnapshotLate(t *testing.T) {
 			pairs = append(pairs, p)
 		}
 		var sent []uint64
-		if err := p.Drain(func(ev *events.Event) {
+		if _, err := p.Drain(func(ev *events.Event) {
 			if ev.Netns == ns.Inode && ev.New == events.Close {
 				sent = append(sent, ev.Cookie)
 			}

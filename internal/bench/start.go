@@ -19,6 +19,7 @@ const (
 	startSockets = 100_000
 	startBar     = 300 * time.Millisecond
 	idleBar      = 0.1 // percent of a processor
+	outputWithin = 5 * time.Second
 )
 
 // startingOurs is how many of starting are commands of fintrace.
@@ -164,8 +165,12 @@ func (t tool) firstOutput() (took time.Duration, err error) {
 	if err := errors.Join(cmd.Start(), in.Close()); err != nil {
 		return 0, err
 	}
+	_ = out.SetReadDeadline(began.Add(outputWithin)) // A pipe has one.
 	_, err = out.Read(make([]byte, 1))
 	took = time.Since(began)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("writes nothing within %s to a pipe, without a connection", outputWithin)
+	}
 	// How it exits on a signal is its own affair.
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()

@@ -194,9 +194,8 @@ func (p *Probe) Close() error {
 	return errors.Join(errs...)
 }
 
-// Ready receives when records are waiting. The kernel wakes it once for any
-// number of records until they are drained, so a caller that waits a little
-// before it drains is woken that much less often.
+// Ready receives when records are waiting that come after a Drain which has found
+// none. The kernel wakes it once for any number of them until they are drained.
 func (p *Probe) Ready() <-chan struct{} {
 	if p.ring == nil {
 		return nil
@@ -205,10 +204,11 @@ func (p *Probe) Ready() <-chan struct{} {
 }
 
 // Drain calls fn for each waiting record; before Attach there is none. The Event
-// is reused.
-func (p *Probe) Drain(fn func(*events.Event)) error {
+// is reused. Where some says that there were any, Ready is silent about those
+// that follow: whoever drains again after a little while is not woken meanwhile.
+func (p *Probe) Drain(fn func(*events.Event)) (some bool, err error) {
 	if p.ring == nil {
-		return nil
+		return false, nil
 	}
 	var ev events.Event
 	return p.ring.drain(func(record []byte) error {

@@ -19,13 +19,15 @@ import (
 // copies each record, takes a lock for it and consumes the first one as soon as
 // it is woken, which makes the kernel wake it again for the next; here records
 // are read in place, in batches, by the goroutine that uses them, and waiting
-// for them is a goroutine of its own.
+// for them is a goroutine of its own. While there are some in every batch the
+// kernel wakes nobody.
 type ring struct {
 	file     *os.File
-	consumer []byte // the consumer's page, writable
-	producer []byte // the producer's page, the data, and its first page once more
-	read     *atomic.Uint64
+	consumer []byte         // the consumer's page, writable
+	producer []byte         // the producer's page, the data, and its first page once more
+	read     *atomic.Uint64 // as the kernel is told
 	written  *atomic.Uint64
+	at       uint64 // what has been read
 	data     []byte
 	mask     uint64
 	ready    chan struct{}
@@ -101,15 +103,13 @@ func (r *ring) wait(conn syscall.RawConn) {
 }
 
 // drain calls fn for each record in the buffer, in place. It returns the last
-// error of fn, having read on.
-func (r *ring) drain(fn func([]byte) error) (err error) {
-	for read := r.read.Load(); ; {
-		written := r.written.Load()
-		if read == written {
-			return err
-		}
-		for read < written {
-			start := read & r.mask
+// error of fn, having read on. Where there were some, more may come without a
+// wake-up, until a drain has found none.
+func (r *ring) drain(fn func([]byte) error) (some bool, err error) {
+	last := r.at // the record that was read last
+	for r.at < r.written.Load() {
+		for written := r.written.Load(); r.at < written; {
+			start := r.at & r.mask
 			header := (*atomic.Uint32)(unsafe.Pointer(&r.data[start]))
 			length := header.Load()
 			for tries := 0; length&busyBit != 0 && tries < busyTries; tries++ {
@@ -119,8 +119,8 @@ func (r *ring) drain(fn func([]byte) error) (err error) {
 			if length&busyBit != 0 {
 				// Its writer has lost its CPU, and will wake us: the position
 				// below says that we wait for this very record.
-				r.read.Store(read)
-				return err
+				r.read.Store(r.at)
+				return some, err
 			}
 			size := uint64(length &^ discardBit)
 			if length&discardBit == 0 {
@@ -129,12 +129,14 @@ func (r *ring) drain(fn func([]byte) error) (err error) {
 					err = e
 				}
 			}
-			read += (recordHeader + size + 7) &^ 7
+			last, some = r.at, true
+			r.at += (recordHeader + size + 7) &^ 7
 		}
-		// Stored before written is read again: a record committed in between
-		// sees it and either is found here or wakes us.
-		r.read.Store(read)
 	}
+	// Who commits a record wakes us if that is the one we are at: we are, where
+	// nothing came. What is committed before this is known is found below.
+	r.read.Store(last)
+	return some || r.at < r.written.Load(), err
 }
 
 func (r *ring) close() error {
