@@ -103,7 +103,7 @@ var soakFaultTable = []soakFault{
 	}},
 	{"another tcp_fin_timeout", 0, 0, func(f *soakFaults, n int) (func(), error) {
 		s := f.spaces[n%len(f.spaces)]
-		seconds := []int{3, 4, 5, 8, 61, 62, 64}[n/len(f.spaces)%7]
+		seconds := []int{5, 6, 8, 61, 62, 64}[n/len(f.spaces)%6]
 		select {
 		case s.do <- func() { s.setFinTimeout(s.namespace(), seconds) }:
 		case <-f.stop:

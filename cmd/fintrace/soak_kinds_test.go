@@ -78,8 +78,9 @@ func (k *soakKind) port() int {
 
 const (
 	// soakFinTimeoutLeast and soakFinTimeoutMost are what tcp_fin_timeout is at
-	// first, in seconds.
-	soakFinTimeoutLeast, soakFinTimeoutMost = 3, 8
+	// first, in seconds: more than what settings above 60 s leave for a minisock,
+	// which would look like another's.
+	soakFinTimeoutLeast, soakFinTimeoutMost = 5, 8
 	// soakTimerMost is the longest that a timer is, with its slack.
 	soakTimerMost = 35 * time.Second
 	// soakWait is how long a connection waits at most between two steps.

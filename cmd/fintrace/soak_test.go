@@ -146,8 +146,14 @@ func TestSoak(t *testing.T) {
 	if n := s.left(); n > 0 {
 		t.Errorf("%d connections that are gone are still in the daemon's table", n)
 	}
-	// It is as it was before.
+	// What the webhook held up is delivered, and then it is as it was before.
 	var after soakScrape
+	if err := awaitFor(2*time.Minute, "the sinks to have delivered all", func() bool {
+		after, err = s.scrape()
+		return err == nil && after.get("fintrace_sink_queued") == 0
+	}); err != nil {
+		t.Errorf("%v: %v wait", err, after.get("fintrace_sink_queued"))
+	}
 	if err := await("the daemon to be as before", func() bool {
 		after, err = s.scrape()
 		return err == nil && after.get("go_goroutines") <= before.get("go_goroutines") && after.get("process_open_fds") <= before.get("process_open_fds")
