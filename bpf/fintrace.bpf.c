@@ -127,6 +127,9 @@ struct {
 /* Of the TIME_WAIT minisocks the iterator shows only those that are so since later than this. */
 __u64 time_wait_since; /* ns of the boot clock */
 
+/* The state of the sockets whose owners are asked for. */
+__u8 owned_state;
+
 /*
  * The socket's cookie, which it has from then on. The verifier knows the
  * configuration: of what follows from it, the other branch costs nothing, and
@@ -515,10 +518,7 @@ int snapshot(struct bpf_iter__tcp *ctx)
 	return 0;
 }
 
-/* The state of the sockets whose owners are asked for. */
-__u8 owned_state;
-
-/* A process that has such a socket open. */
+/* A process that has a socket open. */
 struct owner {
 	__u64 inode; /* the socket's */
 	__u64 cgroup;

@@ -107,8 +107,8 @@ func (r *ring) wait(conn syscall.RawConn) {
 // wake-up, until a drain has found none.
 func (r *ring) drain(fn func([]byte) error) (some bool, err error) {
 	last := r.at // the record that was read last
-	for r.at < r.written.Load() {
-		for written := r.written.Load(); r.at < written; {
+	for written := r.written.Load(); r.at < written; written = r.written.Load() {
+		for r.at < written {
 			start := r.at & r.mask
 			header := (*atomic.Uint32)(unsafe.Pointer(&r.data[start]))
 			length := header.Load()
