@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/track"
 )
 
@@ -49,20 +51,31 @@ func List(w io.Writer, conns []track.Conn, style Style) error {
 		columns[proxyInList].drop = dropped
 	}
 	rows := make([][]string, len(conns))
+	ends, processes := map[limits.Limit]string{}, map[events.Process]string{} // Few, of very many.
 	for i := range conns {
 		c := &conns[i]
-		limit := Clean(c.Limit.String())
+		limit := remember(ends, c.Limit, func() string { return Clean(c.Limit.String()) })
 		if c.Overdue {
 			limit = "PAST " + limit
 		}
 		rows[i] = []string{age(c), c.Stage.String(), c.Flow.Local.String(), c.Flow.Remote.String(),
-			c.Side.String(), processName(c.Process), proxyName(c), limit}
+			c.Side.String(), remember(processes, c.Process, func() string { return processName(c.Process) }), proxyName(c), limit}
 	}
 	lines := table(columns, rows, style.Width)
 	for i := range conns {
 		lines[i+1] = style.shorten(lines[i+1], rows[i][len(columns)-1])
 	}
 	return print(w, lines, style, func(row int) bool { return conns[row].Overdue })
+}
+
+// remember returns what a key has in texts, which it makes only once.
+func remember[K comparable](texts map[K]string, key K, text func() string) string {
+	known, ok := texts[key]
+	if !ok {
+		known = text()
+		texts[key] = known
+	}
+	return known
 }
 
 const proxyInList = 6

@@ -3,9 +3,9 @@
 package report
 
 import (
+	"bytes"
 	"cmp"
 	"slices"
-	"strings"
 	"unicode/utf8"
 )
 
@@ -50,22 +50,25 @@ func fit(columns []column, width int) []column {
 
 // line lays out one row in columns that fit has chosen.
 func line(columns []column, cells []string) string {
-	var b strings.Builder
+	line := make([]byte, 0, 256)
 	for i, c := range columns {
 		if c.drop == dropped {
 			continue
 		}
-		if b.Len() > 0 {
-			b.WriteString("  ")
+		if len(line) > 0 {
+			line = append(line, "  "...)
 		}
-		pad := strings.Repeat(" ", max(c.width-utf8.RuneCountInString(cells[i]), 0))
+		if !c.right {
+			line = append(line, cells[i]...)
+		}
+		for range c.width - utf8.RuneCountInString(cells[i]) {
+			line = append(line, ' ')
+		}
 		if c.right {
-			b.WriteString(pad + cells[i])
-		} else {
-			b.WriteString(cells[i] + pad)
+			line = append(line, cells[i]...)
 		}
 	}
-	return strings.TrimRight(b.String(), " ")
+	return string(bytes.TrimRight(line, " "))
 }
 
 func titles(columns []column) []string {
@@ -89,7 +92,7 @@ func table(columns []column, rows [][]string, width int) []string {
 		}
 	}
 	columns = fit(columns, width)
-	lines := []string{line(columns, titles(columns))}
+	lines := append(make([]string, 0, 1+len(rows)), line(columns, titles(columns)))
 	for _, row := range rows {
 		lines = append(lines, line(columns, row))
 	}
