@@ -22,6 +22,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/fintrace/fintrace/internal/golden"
 )
 
 // told are the alerts of a request to an Alertmanager.
@@ -68,7 +70,7 @@ func TestAlertmanager(t *testing.T) {
 		if err := deliver(t.Context(), []Alert{at(Fired), at(Resolved)}); err != nil {
 			t.Fatal(err)
 		}
-		golden(t, "alertmanager.json", indented(t, body))
+		golden.Check(t, "testdata/alertmanager.json", indented(t, body))
 		if path != "/prefix/api/v2/alerts" {
 			t.Errorf("posted to %s", path)
 		}

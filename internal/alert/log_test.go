@@ -24,6 +24,7 @@ import (
 	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/report"
 )
 
@@ -107,7 +108,7 @@ func TestLogSink(t *testing.T) {
 	if strings.ContainsAny(got, "\x1b\u202e") || !utf8.ValidString(got) {
 		t.Errorf("%q", got)
 	}
-	golden(t, "log.txt", got)
+	golden.Check(t, "testdata/log.txt", got)
 }
 
 // TestLogSinkUnknown: a line has no remarks, and no age that is not known.

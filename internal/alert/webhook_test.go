@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -30,30 +29,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	promconfig "github.com/prometheus/common/config"
 
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/report"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
-
-// golden compares text with a file of testdata.
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got); -update writes it:\n%s", path, diff)
-	}
-}
 
 // indented is JSON as one reads it.
 func indented(t *testing.T, body []byte) string {
@@ -176,7 +155,7 @@ func TestWebhook(t *testing.T) {
 		if err := s.Deliver(t.Context(), []Alert{stuck(Fired), stuck(Resolved)}); err != nil {
 			t.Fatal(err)
 		}
-		golden(t, "webhook.json", indented(t, body))
+		golden.Check(t, "testdata/webhook.json", indented(t, body))
 		for name, want := range map[string]string{"Content-Type": "application/json", "User-Agent": "fintrace/1.2.3", "X-Scope": "a"} {
 			if got := header.Get(name); got != want {
 				t.Errorf("%s: %q, not %q", name, got, want)

@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
-	"flag"
 	"io"
 	"log/slog"
 	"math/big"
@@ -31,9 +30,8 @@ import (
 	promconfig "github.com/prometheus/common/config"
 
 	"github.com/fintrace/fintrace/internal/alert"
+	"github.com/fintrace/fintrace/internal/golden"
 )
-
-var update = flag.Bool("update", false, "write the default file anew")
 
 // same compares settings, wherever they were written.
 var same = cmp.Options{
@@ -284,21 +282,8 @@ func TestFormats(t *testing.T) {
 // TestShippedFile: deploy/ has the default file, and as it stands it changes nothing.
 func TestShippedFile(t *testing.T) {
 	const path = "../../deploy/fintrace.yaml"
-	if *update {
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, DefaultFile(), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(DefaultFile()), string(text)); diff != "" {
-		t.Errorf("%s (-want +got); -update writes it:\n%s", path, diff)
-	}
+	golden.Check(t, path, string(DefaultFile()))
+	text := DefaultFile()
 	c, err := Parse(path, text)
 	if err != nil {
 		t.Fatal(err)

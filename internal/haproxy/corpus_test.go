@@ -4,7 +4,6 @@ package haproxy_test
 
 import (
 	"errors"
-	"flag"
 	"fmt"
 	"maps"
 	"os"
@@ -17,13 +16,10 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/haproxytest"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files from what the reader says")
 
 const corpus = "testdata/config"
 
@@ -94,13 +90,13 @@ func TestCorpus(t *testing.T) {
 			sources := load(t, all[name])
 			got := dump(haproxy.Parse(sources, haproxy.Options{Version: debian12, Env: variables, EnvComplete: true}))
 			unknown := dump(haproxy.Parse(sources, haproxy.Options{}))
-			golden, unknownGolden := filepath.Join(corpus, name+".golden"), filepath.Join(corpus, name+".unknown.golden")
-			goldens[golden] = true
+			path, unknownPath := filepath.Join(corpus, name+".golden"), filepath.Join(corpus, name+".unknown.golden")
+			goldens[path] = true
 			if unknown != got {
-				goldens[unknownGolden] = true
-				compare(t, unknownGolden, unknown)
+				goldens[unknownPath] = true
+				golden.Check(t, unknownPath, unknown)
 			}
-			compare(t, golden, got)
+			golden.Check(t, path, got)
 		})
 	}
 	written, err := filepath.Glob(filepath.Join(corpus, "*.golden"))
@@ -111,22 +107,6 @@ func TestCorpus(t *testing.T) {
 		if !goldens[path] {
 			t.Errorf("%s is of no use", path)
 		}
-	}
-}
-
-func compare(t *testing.T, golden, got string) {
-	t.Helper()
-	if *update {
-		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got):\n%s", golden, diff)
 	}
 }
 

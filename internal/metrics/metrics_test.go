@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"math"
 	"net/http"
@@ -14,7 +13,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -31,12 +29,11 @@ import (
 
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/track"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
 
 // scrape asks a handler for a format.
 func scrape(t testing.TB, h http.Handler, accept string) *httptest.ResponseRecorder {
@@ -265,23 +262,6 @@ func itsOwn(exposition string) string {
 	return strings.ReplaceAll(strings.Join(lines, ""), runtime.Version(), "go1.x")
 }
 
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got); -update writes it:\n%s", path, diff)
-	}
-}
-
 func metrics() *Metrics { return New(BuildInfo{Version: "1.2.3", Revision: "abcdef0"}) }
 
 // What is shown of a host on which everything has a value, and of one where
@@ -298,7 +278,7 @@ func TestExposition(t *testing.T) {
 		{"start", showing(start, func(*State) {})},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			golden(t, test.name+".prom", itsOwn(scrape(t, test.handler, text).Body.String()))
+			golden.Check(t, "testdata/"+test.name+".prom", itsOwn(scrape(t, test.handler, text).Body.String()))
 			w := scrape(t, test.handler, openMetrics)
 			if got := w.Header().Get("Content-Type"); !strings.HasPrefix(got, "application/openmetrics-text") {
 				t.Errorf("asked for OpenMetrics, and got %s", got)

@@ -15,6 +15,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/haproxy"
 )
 
@@ -114,7 +115,7 @@ func TestCheck(t *testing.T) {
 		name := strings.TrimSuffix(filepath.Base(file), ".cfg")
 		t.Run(name, func(t *testing.T) {
 			got := checked(t, situation(t, name))
-			golden(t, "check/"+name+".txt", got)
+			golden.Check(t, "testdata/check/"+name+".txt", got)
 			text, _, _ := strings.Cut(got, "----")
 			for line := range strings.Lines(text) {
 				// What is to be pasted is not wrapped, nor what has no space.

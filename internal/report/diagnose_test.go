@@ -17,6 +17,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/track"
@@ -305,9 +306,9 @@ func TestDiagnose(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := make(t).diagnose()
 			text := textOf(t, d)
-			golden(t, "diagnose/"+name+".txt", text)
-			golden(t, "diagnose/"+name+".json", jsonOf(t, d))
-			golden(t, "diagnose/"+name+".nagios", Nagios(d)+"\n")
+			golden.Check(t, "testdata/diagnose/"+name+".txt", text)
+			golden.Check(t, "testdata/diagnose/"+name+".json", jsonOf(t, d))
+			golden.Check(t, "testdata/diagnose/"+name+".nagios", Nagios(d)+"\n")
 			for line := range strings.Lines(text) {
 				// What is to be pasted is not wrapped, nor what has no space.
 				if n := utf8.RuneCountInString(line) - 1; n > 80 && !strings.HasPrefix(line, "      ") {

@@ -4,11 +4,8 @@ package report
 
 import (
 	"encoding/json"
-	"flag"
 	"math/rand/v2"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -19,30 +16,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/track"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
-
-// golden compares text with a file of testdata.
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got); -update writes it:\n%s", path, diff)
-	}
-}
 
 func TestDuration(t *testing.T) {
 	for _, test := range []struct {
@@ -189,7 +166,7 @@ func TestList(t *testing.T) {
 			if err := List(&b, conns(), Style{Width: width}); err != nil {
 				t.Fatal(err)
 			}
-			golden(t, "list-"+name+".txt", b.String())
+			golden.Check(t, "testdata/list-"+name+".txt", b.String())
 			whole(t, b.String())
 		})
 	}
@@ -248,7 +225,7 @@ func TestLive(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			golden(t, "live-"+name+".txt", b.String())
+			golden.Check(t, "testdata/live-"+name+".txt", b.String())
 			whole(t, b.String())
 		})
 	}
@@ -277,7 +254,7 @@ func TestTransition(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	golden(t, "transitions.txt", b.String())
+	golden.Check(t, "testdata/transitions.txt", b.String())
 }
 
 // The names of the fields are a contract with scripts; what is not known is absent.
@@ -294,7 +271,7 @@ func TestRecord(t *testing.T) {
 	if err := out.Encode(NewRecord("", start, &c, names)); err != nil {
 		t.Fatal(err)
 	}
-	golden(t, "records.json", b.String())
+	golden.Check(t, "testdata/records.json", b.String())
 }
 
 func TestTransitionRecord(t *testing.T) {
@@ -311,7 +288,7 @@ func TestTransitionRecord(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	golden(t, "transitions.json", b.String())
+	golden.Check(t, "testdata/transitions.json", b.String())
 }
 
 func TestGroups(t *testing.T) {
@@ -332,7 +309,7 @@ func TestGroups(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	golden(t, "groups.txt", b.String())
+	golden.Check(t, "testdata/groups.txt", b.String())
 }
 
 func TestSortOldest(t *testing.T) {
@@ -380,14 +357,14 @@ func TestSummary(t *testing.T) {
 			if err := s.Print(&b, test.totals, Style{}); err != nil {
 				t.Fatal(err)
 			}
-			golden(t, test.name+".txt", b.String())
+			golden.Check(t, "testdata/"+test.name+".txt", b.String())
 			b.Reset()
 			out := json.NewEncoder(&b)
 			out.SetIndent("", "  ")
 			if err := out.Encode(s.Record(names.Wall(start), test.totals)); err != nil {
 				t.Fatal(err)
 			}
-			golden(t, test.name+".json", b.String())
+			golden.Check(t, "testdata/"+test.name+".json", b.String())
 		})
 	}
 }

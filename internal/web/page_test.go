@@ -8,7 +8,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"html"
 	"math"
@@ -29,32 +28,12 @@ import (
 
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/haproxy"
 	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/report"
 	"github.com/fintrace/fintrace/internal/track"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
-
-// golden compares text with a file of testdata.
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-want +got); -update writes it:\n%s", path, diff)
-	}
-}
 
 var now = time.Date(2026, 11, 22, 21, 55, 3, 250e6, time.UTC)
 
@@ -269,7 +248,7 @@ func TestPage(t *testing.T) {
 			if w.Code != want || w.Header().Get("Content-Type") != "text/html; charset=utf-8" {
 				t.Errorf("%d %s", w.Code, w.Header().Get("Content-Type"))
 			}
-			golden(t, name+".html", strings.Replace(w.Body.String(), style, "", 1))
+			golden.Check(t, "testdata/"+name+".html", strings.Replace(w.Body.String(), style, "", 1))
 			for _, r := range w.Body.String() {
 				if r == unicode.ReplacementChar || r != '\n' && r != '\t' && !unicode.IsPrint(r) {
 					t.Errorf("there is a %U", r)

@@ -24,6 +24,7 @@ import (
 
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/events"
+	"github.com/fintrace/fintrace/internal/golden"
 	"github.com/fintrace/fintrace/internal/limits"
 	"github.com/fintrace/fintrace/internal/report"
 	"github.com/fintrace/fintrace/internal/track"
@@ -135,7 +136,7 @@ func TestAPI(t *testing.T) {
 		if err := json.Unmarshal(w.Body.Bytes(), &pretty); err != nil {
 			t.Errorf("%s: %v", path, err)
 		}
-		golden(t, name, w.Body.String())
+		golden.Check(t, "testdata/"+name, w.Body.String())
 	}
 
 	empty := state{}.source()
