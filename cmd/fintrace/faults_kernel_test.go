@@ -192,23 +192,9 @@ func keep(t *testing.T, h held, descriptors int) *process {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	p := &process{Cmd: exec.Command("keeper", fmt.Sprint(descriptors))}
-	p.ExtraFiles = []*os.File{file}
-	p.Stderr = &p.stderr
-	stdin, err := p.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.stdin = stdin
-	stdout, err := p.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.stdout = bufio.NewReader(stdout)
-	if err := p.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { p.Process.Kill() })
+	cmd := exec.Command("keeper", fmt.Sprint(descriptors))
+	cmd.ExtraFiles = []*os.File{file}
+	p := started(t, cmd)
 	p.until(t, "holding")
 	h.subject.Close()
 	return p

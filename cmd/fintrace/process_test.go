@@ -34,9 +34,20 @@ type process struct {
 	stderr bytes.Buffer
 }
 
+// start runs a command for no longer than a minute: whatever the test waits for,
+// it does not wait for ever.
 func start(t *testing.T, name string, args ...string) *process {
 	t.Helper()
-	p := &process{Cmd: exec.Command(name, args...)}
+	p := started(t, exec.Command(name, args...))
+	watchdog := time.AfterFunc(time.Minute, func() { p.Process.Kill() })
+	t.Cleanup(func() { watchdog.Stop() })
+	return p
+}
+
+// started has a command run until the test ends, at the latest.
+func started(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{Cmd: cmd}
 	p.Stderr = &p.stderr
 	stdin, err := p.StdinPipe()
 	if err != nil {
@@ -51,12 +62,7 @@ func start(t *testing.T, name string, args ...string) *process {
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
-	// Whatever the test waits for, it does not wait for ever.
-	watchdog := time.AfterFunc(time.Minute, func() { p.Process.Kill() })
-	t.Cleanup(func() {
-		watchdog.Stop()
-		p.Process.Kill()
-	})
+	t.Cleanup(func() { p.Process.Kill() })
 	return p
 }
 
