@@ -204,10 +204,11 @@ func (s *soakStory) judge() (v soakVerdict) {
 	f := s.fate()
 	end := events.Ends()[slices.IndexFunc(events.Ends(), func(e events.End) bool { return e.String() == r.End })]
 	switch {
-	case slices.Contains(f.ends, end):
-	case s.vague && end == events.KernelTimeout:
-		// tcp_fin_time() was another when the orphan's timer fired.
+	case s.vague:
+		// tcp_fin_time() was another when the orphan's timer fired, which ended it or
+		// gave its minisock that much longer: for what was to come, too.
 		return v
+	case slices.Contains(f.ends, end):
 	case end == events.Unseen:
 		v.weak = append(v.weak, "end")
 	case end == events.KernelTimeout && slices.Contains(f.ends, events.Reset) && s.lifetime().least-s.left.since(s.closed).least < soon:
