@@ -95,7 +95,7 @@ func (w *watch) run(ctx context.Context) error {
 	settle()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	again := probe.Now()    // the first turn is at once
+	again := probe.Now() // the first turn is at once
 	w.running = true
 	for {
 		now := probe.Now()
