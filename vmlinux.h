@@ -237,6 +237,7 @@ struct task_struct {
 	struct css_set *cgroups;
 	struct task_struct *group_leader;
 	int tgid;
+	u64 start_boottime;
 	char comm[16];
 };
 

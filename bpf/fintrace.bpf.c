@@ -521,6 +521,7 @@ int snapshot(struct bpf_iter__tcp *ctx)
 /* A process that has a socket open. */
 struct owner {
 	__u64 inode; /* the socket's */
+	__u64 began; /* ns, CLOCK_BOOTTIME */
 	__u64 cgroup;
 	__u64 comm[COMM_LEN / 8];
 	__u32 pid;
@@ -541,6 +542,7 @@ int owners(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 	struct owner o = {};
 	struct socket *socket;
+	const struct task_struct *leader;
 	const __u64 *comm;
 	struct sock *sk;
 
@@ -555,7 +557,9 @@ int owners(struct bpf_iter__task_file *ctx)
 	o.inode = BPF_CORE_READ((struct socket_alloc *)socket, vfs_inode.i_ino);
 	o.cgroup = task->cgroups->dfl_cgrp->kn->id;
 	o.pid = task->tgid;
-	comm = (const void *)task->group_leader->comm;
+	leader = task->group_leader;
+	o.began = leader->start_boottime;
+	comm = (const void *)leader->comm;
 	o.comm[0] = comm[0];
 	o.comm[1] = comm[1];
 	write_owner(ctx->meta->seq, &o);

@@ -87,6 +87,7 @@ type bpfKnown struct {
 type bpfOwner struct {
 	_       structs.HostLayout
 	Inode   uint64
+	Began   uint64
 	Cgroup  uint64
 	Comm    [2]uint64
 	Pid     uint32

@@ -50,17 +50,18 @@ func newOwnerIterator(spec *ebpf.CollectionSpec, kernel *btf.Cache) (*ownerItera
 }
 
 // Owners fills in the processes that hold the sockets, which are all in one state.
-// A socket that several processes hold is given to the one with the lowest pid.
+// A socket that several processes hold is given to the one that began first: the
+// others have inherited it, for good or until they run another program.
 // Those whose process is not found, or may not be seen, have none; the error says,
 // in one line, what could not be looked at.
 func (p *Probe) Owners(sockets ...[]events.Socket) error {
 	var state events.State
-	wanted := map[uint64]*events.Process{}
+	wanted := map[uint64]owner{}
 	for _, some := range sockets {
 		for i := range some {
 			s := &some[i]
 			s.Process = events.Process{}
-			wanted[s.Inode] = &s.Process
+			wanted[s.Inode] = owner{process: &s.Process}
 			state = s.State
 		}
 	}
@@ -76,8 +77,20 @@ func (p *Probe) Owners(sockets ...[]events.Socket) error {
 	return nil
 }
 
+// An owner of a socket, as far as it is known.
+type owner struct {
+	process *events.Process
+	began   events.Time
+}
+
+// yields says that a process which began then is rather the owner, or one that
+// began at the same time with a lower pid.
+func (o owner) yields(began events.Time, pid uint32) bool {
+	return !o.process.Known() || began < o.began || began == o.began && pid < o.process.PID
+}
+
 // find has the kernel look.
-func (o *ownerIterator) find(state events.State, wanted map[uint64]*events.Process) error {
+func (o *ownerIterator) find(state events.State, wanted map[uint64]owner) error {
 	if err := o.state.Set(uint8(state)); err != nil {
 		return err
 	}
@@ -89,8 +102,10 @@ func (o *ownerIterator) find(state events.State, wanted map[uint64]*events.Proce
 	return readRows(files, make([]byte, rowsPerRead*ownerSize), ownerSize, func(rows []byte) error {
 		for i := 0; i < len(rows); i += ownerSize {
 			raw := (*bpfOwner)(unsafe.Pointer(&rows[i]))
-			if owner, ok := wanted[raw.Inode]; ok && (!owner.Known() || raw.Pid < owner.PID) {
-				*owner = events.Process{PID: raw.Pid, Cgroup: raw.Cgroup, Comm: *(*[16]byte)(unsafe.Pointer(&raw.Comm))}
+			known, ok := wanted[raw.Inode]
+			if began := events.Time(raw.Began); ok && known.yields(began, raw.Pid) {
+				*known.process = events.Process{PID: raw.Pid, Cgroup: raw.Cgroup, Comm: *(*[16]byte)(unsafe.Pointer(&raw.Comm))}
+				wanted[raw.Inode] = owner{known.process, began}
 			}
 		}
 		return nil
@@ -98,25 +113,32 @@ func (o *ownerIterator) find(state events.State, wanted map[uint64]*events.Proce
 }
 
 // findOwners looks through /proc/PID/fd, where the kernel has no such iterator.
-func findOwners(wanted map[uint64]*events.Process) error {
+func findOwners(wanted map[uint64]owner) error {
 	hidden := false
 	for _, pid := range pids() {
 		dir, err := openProcess(pid)
 		if err != nil {
 			continue
 		}
-		var process events.Process // read when a socket is found
+		var (
+			process events.Process // read when a socket is found
+			began   events.Time
+		)
 		found, err := socketInodes(dir)
 		hidden = hidden || errors.Is(err, fs.ErrPermission)
 		for _, inode := range found {
-			owner, ok := wanted[inode]
-			if !ok || owner.Known() && owner.PID < pid {
+			known, ok := wanted[inode]
+			if !ok {
 				continue
 			}
 			if !process.Known() {
 				process = readProcess(dir, pid)
+				began, _ = beginning(dir) // It may have ended: then it is as good as any.
 			}
-			*owner = process
+			if known.yields(began, pid) {
+				*known.process = process
+				wanted[inode] = owner{known.process, began}
+			}
 		}
 		dir.Close()
 	}

@@ -18,8 +18,11 @@ import (
 	"github.com/fintrace/fintrace/internal/kerneltest"
 )
 
+// lastPID is the pid that the kernel gave last (CONFIG_CHECKPOINT_RESTORE).
+const lastPID = "/proc/sys/kernel/ns_last_pid"
+
 // TestOwners: who has a socket open is found by the iterator of files and in
-// /proc; of two processes it is the one with the lower pid.
+// /proc; of two processes it is the one that began first.
 func TestOwners(t *testing.T) {
 	kerneltest.Require(t)
 	ns := kerneltest.NewNamespace(t)
@@ -64,7 +67,8 @@ func TestOwners(t *testing.T) {
 		}
 		return st.Ino
 	}
-	// A second that has them open, and a later pid.
+	// A second that has them open, and began later, with a lower pid if there is one.
+	_ = os.WriteFile(lastPID, []byte("300"), 0)
 	other := exec.Command("cat")
 	other.ExtraFiles = []*os.File{ends[events.FinWait2], ends[events.CloseWait]}
 	input, err := other.StdinPipe()
@@ -103,7 +107,6 @@ func TestOwners(t *testing.T) {
 // TestPIDReused has a process that holds a socket end, and another that holds it
 // too be given its pid: it is not taken for the first.
 func TestPIDReused(t *testing.T) {
-	const lastPID = "/proc/sys/kernel/ns_last_pid"
 	if os.Geteuid() != 0 || !hostPIDs() {
 		t.Skip("not run: it takes root, and the first pid namespace")
 	}
