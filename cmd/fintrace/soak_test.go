@@ -35,7 +35,7 @@ var (
 // what meets what, is up to the machine.
 func TestSoak(t *testing.T) {
 	kerneltest.Require(t)
-	duration := cmp.Or(*soakFor, 2*time.Minute)
+	duration := cmp.Or(*soakFor, 3*time.Minute)
 	strict := *soakFor > 0
 	seed := cmp.Or(*soakSeed, uint64(time.Now().UnixNano())%1e9)
 	t.Logf("the seed is %d", seed)
