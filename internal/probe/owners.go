@@ -51,9 +51,9 @@ func newOwnerIterator(spec *ebpf.CollectionSpec, kernel *btf.Cache) (*ownerItera
 
 // Owners fills in the processes that hold the sockets, which are all in one state.
 // A socket that several processes hold is given to the one that began first: the
-// others have inherited it, for good or until they run another program.
-// Those whose process is not found, or may not be seen, have none; the error says,
-// in one line, what could not be looked at.
+// others have inherited it, for good or until they run another program. Those whose
+// process is not found, or may not be seen, have none; the error says, in one line,
+// what could not be looked at.
 func (p *Probe) Owners(sockets ...[]events.Socket) error {
 	var state events.State
 	wanted := map[uint64]owner{}
@@ -132,8 +132,10 @@ func findOwners(wanted map[uint64]owner) error {
 				continue
 			}
 			if !process.Known() {
+				if began, err = beginning(dir); err != nil {
+					break // It has ended, and holds nothing.
+				}
 				process = readProcess(dir, pid)
-				began, _ = beginning(dir) // It may have ended: then it is as good as any.
 			}
 			if known.yields(began, pid) {
 				*known.process = process

@@ -26,39 +26,22 @@ const lastPID = "/proc/sys/kernel/ns_last_pid"
 func TestOwners(t *testing.T) {
 	kerneltest.Require(t)
 	ns := kerneltest.NewNamespace(t)
-	var (
-		l   net.Listener
-		err error
-	)
-	ns.Do(func() { l, err = net.Listen("tcp4", "127.0.0.1:0") })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	ends := map[events.State]*os.File{}
 	// The one that shuts down is in FIN_WAIT2, its peer in CLOSE_WAIT.
-	var client net.Conn
-	ns.Do(func() { client, err = net.Dial("tcp4", l.Addr().String()) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	server, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer server.Close()
-	if err := client.(*net.TCPConn).CloseWrite(); err != nil {
+	client, server := connected(t, ns, "127.0.0.1:0")
+	if err := client.CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := server.Read(make([]byte, 1)); err != io.EOF {
 		t.Fatal(err)
 	}
-	for state, conn := range map[events.State]net.Conn{events.FinWait2: client, events.CloseWait: server} {
-		if ends[state], err = conn.(*net.TCPConn).File(); err != nil {
+	ends := map[events.State]*os.File{}
+	for state, conn := range map[events.State]*net.TCPConn{events.FinWait2: client, events.CloseWait: server} {
+		file, err := conn.File()
+		if err != nil {
 			t.Fatal(err)
 		}
-		defer ends[state].Close()
+		defer file.Close()
+		ends[state] = file
 	}
 	inode := func(state events.State) uint64 {
 		var st unix.Stat_t

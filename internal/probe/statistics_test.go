@@ -3,7 +3,6 @@
 package probe
 
 import (
-	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -23,25 +22,7 @@ func TestCloseWait(t *testing.T) {
 			ns := kerneltest.NewNamespace(t)
 			var lookup Lookup
 			defer func() { lookup.Close() }()
-			var (
-				listener net.Listener
-				client   net.Conn
-				err      error
-			)
-			ns.Do(func() {
-				if listener, err = net.Listen("tcp", network); err == nil {
-					client, err = net.Dial("tcp", listener.Addr().String())
-				}
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer listener.Close()
-			server, err := listener.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer server.Close()
+			client, server := connected(t, ns, network)
 			if sockets, err := lookup.CloseWait(ns.Inode); err != nil || len(sockets) != 0 {
 				t.Fatalf("before: %v, %v", sockets, err)
 			}

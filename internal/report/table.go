@@ -50,25 +50,25 @@ func fit(columns []column, width int) []column {
 
 // line lays out one row in columns that fit has chosen.
 func line(columns []column, cells []string) string {
-	line := make([]byte, 0, 256)
+	text := make([]byte, 0, 256)
 	for i, c := range columns {
 		if c.drop == dropped {
 			continue
 		}
-		if len(line) > 0 {
-			line = append(line, "  "...)
+		if len(text) > 0 {
+			text = append(text, "  "...)
 		}
 		if !c.right {
-			line = append(line, cells[i]...)
+			text = append(text, cells[i]...)
 		}
 		for range c.width - utf8.RuneCountInString(cells[i]) {
-			line = append(line, ' ')
+			text = append(text, ' ')
 		}
 		if c.right {
-			line = append(line, cells[i]...)
+			text = append(text, cells[i]...)
 		}
 	}
-	return string(bytes.TrimRight(line, " "))
+	return string(bytes.TrimRight(text, " "))
 }
 
 func titles(columns []column) []string {
