@@ -133,7 +133,8 @@ func (d *daemonProcess) start() {
 		}
 		<-read
 		if d.t.Failed() {
-			d.t.Logf("the daemon's log:\n%s", d.text())
+			lines := strings.SplitAfter(d.text(), "\n")
+			d.t.Logf("the daemon's log ends:\n%s", strings.Join(lines[max(0, len(lines)-50):], ""))
 		}
 	})
 	began := time.Now()

@@ -180,8 +180,8 @@ func (s *soak) judge(strict bool) {
 	early, end := s.scrapes[n/5:max(n*2/5, n/5+1)], s.scrapes[n-max(n/5, 1):]
 	table := most(s.scrapes, "fintrace_table_connections")
 	bound := soakBase + soakPerConnection*table
-	s.t.Logf("at most %.0f connections in the table, %.0f overdue", table, most(s.scrapes, "fintrace_overdue_connections"))
-	s.t.Logf("resident %.1f MB from 20 to 40 %% of the time, %.1f MB at the end; heap in use %.1f MB and %.1f MB; bound %.1f MB",
+	tell(s.t, "at most %.0f connections in the table, %.0f overdue", table, most(s.scrapes, "fintrace_overdue_connections"))
+	tell(s.t, "resident %.1f MB from 20 to 40 %% of the time, %.1f MB at the end; heap in use %.1f MB and %.1f MB; bound %.1f MB",
 		most(early, resident)/1e6, most(end, resident)/1e6, most(early, heap)/1e6, most(end, heap)/1e6, bound/1e6)
 	if all := most(s.scrapes, resident); all > bound {
 		s.t.Errorf("%.1f MB are resident, want %.1f MB at most", all/1e6, bound/1e6)
@@ -193,7 +193,7 @@ func (s *soak) judge(strict bool) {
 		least := func(scrapes []soakScrape) float64 {
 			return slices.MinFunc(scrapes, func(a, b soakScrape) int { return cmp.Compare(a.get(name), b.get(name)) }).get(name)
 		}
-		s.t.Logf("%s: %v to %v from 20 to 40 %% of the time, %v to %v at the end", name, least(early), most(early, name), least(end), most(end, name))
+		tell(s.t, "%s: %v to %v from 20 to 40 %% of the time, %v to %v at the end", name, least(early), most(early, name), least(end), most(end, name))
 		// A walk of the sockets, a look at HAProxy and a request have one each while
 		// they last; with a snapshot after the other a walk is always there.
 		if strict && least(end) > most(early, name) {
@@ -206,14 +206,14 @@ func (s *soak) judge(strict bool) {
 		took = append(took, now.took)
 		size = max(size, now.bytes)
 	}
-	s.t.Logf("a scrape took %s, and is %d bytes at most; the alerts and the page %s", quantiles(took), size, quantiles(s.pages))
+	tell(s.t, "a scrape took %s, and is %d bytes at most; the alerts and the page %s", quantiles(took), size, quantiles(s.pages))
 	if s.busy > 0 {
-		s.t.Logf("%d answers were that there was no time", s.busy)
+		tell(s.t, "%d answers were that there was no time", s.busy)
 	}
 	if strict && s.busy > 0 {
 		s.t.Errorf("the loop was held up %d times", s.busy)
 	}
-	s.t.Logf("a family had %d alerts at most; %.0f fired at a time at most", s.alerts, most(s.scrapes, "fintrace_alerts_firing"))
+	tell(s.t, "a family had %d alerts at most; %.0f fired at a time at most", s.alerts, most(s.scrapes, "fintrace_alerts_firing"))
 }
 
 // What may be resident: 45 MB are without a connection, and the book of alerts
@@ -247,7 +247,7 @@ func (s *soak) idle(during time.Duration) {
 	cpu, wakes := s.processorTime(), s.switches()
 	time.Sleep(during)
 	cpu, wakes = s.processorTime()-cpu, s.switches()-wakes
-	s.t.Logf("idle: %.0f µs of processor time and %.1f wake-ups a second", float64(cpu.Microseconds())/during.Seconds(), float64(wakes)/during.Seconds())
+	tell(s.t, "idle: %.0f µs of processor time and %.1f wake-ups a second", float64(cpu.Microseconds())/during.Seconds(), float64(wakes)/during.Seconds())
 }
 
 // processorTime is what the daemon has had, its threads that ended included.

@@ -166,7 +166,7 @@ func (f *soakFaults) run(random *rand.Rand) {
 		during := fault.least + time.Duration(random.Float64()*float64(fault.most-fault.least))
 		pause := time.Duration(random.ExpFloat64() * float64(soakEvery))
 		if running[which].CompareAndSwap(false, true) {
-			f.t.Logf("after %s: %s, for %s (%d)", time.Since(began).Round(10*time.Millisecond), fault.name, during.Round(10*time.Millisecond), n)
+			tell(f.t, "after %s: %s, for %s (%d)", time.Since(began).Round(10*time.Millisecond), fault.name, during.Round(10*time.Millisecond), n)
 			ending.Go(func() {
 				defer running[which].Store(false)
 				end, err := fault.do(f, n)

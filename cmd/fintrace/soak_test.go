@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"flag"
+	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"reflect"
@@ -38,7 +39,7 @@ func TestSoak(t *testing.T) {
 	duration := cmp.Or(*soakFor, 3*time.Minute)
 	strict := *soakFor > 0
 	seed := cmp.Or(*soakSeed, uint64(time.Now().UnixNano())%1e9)
-	t.Logf("the seed is %d", seed)
+	tell(t, "the seed is %d", seed)
 
 	shaken := &soakShocks{}
 	w := newSoakWitness(t, shaken)
@@ -93,7 +94,7 @@ func TestSoak(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-		t.Logf("programs came and went %d times", times)
+		tell(t, "programs came and went %d times", times)
 	})
 	faults := &soakFaults{t: t, soak: s, trace: trace, flood: flood, spaces: spaces[:3], hook: hook, shaken: shaken, config: config, stop: stop, done: map[string]int{}}
 	others.Go(func() { faults.run(rand.New(rand.NewPCG(seed, 0))) })
@@ -122,7 +123,7 @@ func TestSoak(t *testing.T) {
 		if since := time.Since(began); warm.series == nil && since >= duration/5 {
 			if missing := flood.unseen(now); missing == "" {
 				warm = now
-				t.Logf("warm after %s", since.Round(time.Second))
+				tell(t, "warm after %s", since.Round(time.Second))
 			} else if since > 2*duration+time.Minute {
 				t.Errorf("there is no series like %s", missing)
 				break
@@ -140,7 +141,7 @@ func TestSoak(t *testing.T) {
 	if made.failed != nil {
 		t.Fatal("the load failed:", made.failed)
 	}
-	t.Logf("%s of load, %s until all of it had ended", took.Round(time.Second), (time.Since(began) - took).Round(time.Second))
+	tell(t, "%s of load, %s until all of it had ended", took.Round(time.Second), (time.Since(began) - took).Round(time.Second))
 
 	w.finish()
 	if n := s.left(); n > 0 {
@@ -166,7 +167,7 @@ func TestSoak(t *testing.T) {
 	}
 	totals := trace.end(t)
 	w.verdict(totals)
-	t.Logf("%d comparisons of a connection with ss; faults: %v", compared, faults.done)
+	tell(t, "%d comparisons of a connection with ss; faults: %v", compared, faults.done)
 	if compared == 0 {
 		t.Error("nothing was compared with ss")
 	}
@@ -174,7 +175,7 @@ func TestSoak(t *testing.T) {
 	grown := func(name string) uint64 { return uint64(after.get(name) - before.get(name)) }
 	seen, instants := grown("fintrace_fin_wait2_entered_total"), grown("fintrace_fin_wait2_instants_total")
 	lost, missed := grown("fintrace_records_lost_total"), grown("fintrace_events_missed_total")
-	t.Logf("the flood: %d connections of %d peers, %.0f a second of it: %d tracked, %d not sent; lost %d, skipped by the kernel %d, corrected %d",
+	tell(t, "the flood: %d connections of %d peers, %.0f a second of it: %d tracked, %d not sent; lost %d, skipped by the kernel %d, corrected %d",
 		made.made, made.peers, float64(faults.made)/faults.took.Seconds(), seen, instants, lost, missed, grown("fintrace_snapshot_corrections_total"))
 	// As for churned; those of other tests count too.
 	if all := uint64(made.made); seen+instants+lost+all/1000 < all {
@@ -202,10 +203,10 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	s.judge(strict)
-	t.Logf("%d series when warm, %d at the end", len(warm.series), len(last.series))
-	t.Logf("%.2f µs of processor time for each connection of the flood, %.1f %% of one processor",
+	tell(t, "%d series when warm, %d at the end", len(warm.series), len(last.series))
+	tell(t, "%.2f µs of processor time for each connection of the flood, %.1f %% of one processor",
 		float64(faults.used.Microseconds())/float64(faults.made), 100*faults.used.Seconds()/faults.took.Seconds())
-	t.Logf("from the limit to the line: %s; to the time in it: %s", quantiles(late.read), quantiles(late.logged))
+	tell(t, "from the limit to the line: %s; to the time in it: %s", quantiles(late.read), quantiles(late.logged))
 	if len(late.read) == 0 {
 		t.Error("no alert of the marked connections was waited for")
 	}
@@ -216,7 +217,7 @@ func TestSoak(t *testing.T) {
 	for _, l := range s.logged(spoken(inode(flooded), alert.Fired)) {
 		peers[l.Labels.Peer] = true
 	}
-	t.Logf("%.0f alerts fired, %.0f changes in all, for %d peers", after.get(`fintrace_alert_events_total{event="fired"}`),
+	tell(t, "%.0f alerts fired, %.0f changes in all, for %d peers", after.get(`fintrace_alert_events_total{event="fired"}`),
 		after.get("fintrace_alert_events_total"), len(peers))
 	if len(peers) < soakPeers {
 		t.Errorf("alerts were of %d peers: the test shows nothing", len(peers))
@@ -225,6 +226,11 @@ func TestSoak(t *testing.T) {
 	if err := d.end(); err != nil {
 		t.Error(err)
 	}
+}
+
+// tell prints what is no failure in a way that differs from one.
+func tell(t *testing.T, format string, args ...any) {
+	fmt.Fprintf(t.Output(), format+"\n", args...)
 }
 
 func countObjects(ids map[string][]uint32) map[string]int {

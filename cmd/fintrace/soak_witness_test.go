@@ -332,7 +332,7 @@ func (w *soakWitness) take(s *soakStory, v soakVerdict) {
 	if len(v.weak) > 0 && !slices.Contains(v.weak, takenForTimers) && !slices.Contains(v.weak, takenByChild) && !w.shaken.explain(s) && !w.floods.explain(s) {
 		if tally.doubted++; tally.doubted <= soakWrongShown {
 			text, _ := json.Marshal(s.record)
-			w.t.Logf("%s (%s): weak by %v: %s", s.kind.name, s.kind.does, v.weak, text)
+			tell(w.t, "%s (%s): weak by %v: %s", s.kind.name, s.kind.does, v.weak, text)
 		}
 	}
 	if len(v.wrong) == 0 {
@@ -437,7 +437,7 @@ func (w *soakWitness) verdict(totals soakTotals) {
 	var all soakTally
 	for _, k := range slices.SortedFunc(maps.Keys(w.kinds), func(a, b *soakKind) int { return a.port() - b.port() }) {
 		tally := w.kinds[k]
-		w.t.Logf("%-34s %6d made, %6d entered, %6d left: %v; weak %v, %d of them with no reason", k.name, tally.made, tally.entered, tally.left, tally.ends, tally.weak, tally.doubted)
+		tell(w.t, "%-34s %6d made, %6d entered, %6d left: %v; weak %v, %d of them with no reason", k.name, tally.made, tally.entered, tally.left, tally.ends, tally.weak, tally.doubted)
 		if tally.entered != tally.left {
 			w.t.Errorf("%s: %d entered, %d left", k.name, tally.entered, tally.left)
 		}
@@ -445,7 +445,7 @@ func (w *soakWitness) verdict(totals soakTotals) {
 		all.entered += tally.entered
 		all.doubted += tally.doubted
 	}
-	w.t.Logf("%d made, %d entered, %d weak with no reason; %d wrong. The trace: lost %d, skipped by the kernel %d, corrected %d",
+	tell(w.t, "%d made, %d entered, %d weak with no reason; %d wrong. The trace: lost %d, skipped by the kernel %d, corrected %d",
 		all.made, all.entered, all.doubted, w.wrong, totals.Lost, totals.Missed, totals.Corrected)
 	// As for churned: what the kernel skips is not always counted.
 	if most := all.made/1000 + 5; all.doubted > most {
@@ -701,7 +701,7 @@ func (w *soakWitness) compare(t *testing.T, ns *kerneltest.Namespace, ask func()
 			t.Errorf("the table has not %s (%s), which is there since %s", s.kind.name, key, ofMoment(s.entered))
 		case table[key] == nil && s.entered.after.Add(time.Second) < asked && !w.shaken.explain(s) && !w.shaken.during(s.entered.before, asked):
 			w.tally(s.kind).doubted++
-			t.Logf("the table has not %s (%s) yet, which is there since %s", s.kind.name, key, ofMoment(s.entered))
+			tell(t, "the table has not %s (%s) yet, which is there since %s", s.kind.name, key, ofMoment(s.entered))
 		}
 	}
 	return compared
