@@ -17,6 +17,10 @@ enum {
 	TCP_TIMEWAIT_SECONDS = 60, /* TCP_TIMEWAIT_LEN, include/net/tcp.h */
 	COMM_LEN = 16,
 	CLOSERS = 1 << 15,
+	HEIRS = 1 << 16,
+	HEIRS_SPAN = 512, /* cookies of a part of them */
+	HEIRS_PART = 504,
+	ALLOWANCE_NS = 100000000,
 	SOCKET_BYTES = 1 << 11, /* no more than a struct tcp_sock has */
 };
 
@@ -76,7 +80,11 @@ struct row {
 	__u8 accepted;
 	__u8 has_timer;
 	__u8 has_entry;
-	__u8 padding[6];
+	__u8 padding[2];
+	__u32 pid;	/* of a minisock whose handover was not sent: as in the event */
+	__u64 handover; /* ns, CLOCK_BOOTTIME, the time of that; 0: there was none */
+	__u64 cgroup;
+	__u64 comm[COMM_LEN / 8];
 	__u8 local[16];
 	__u8 remote[16];
 };
@@ -97,10 +105,30 @@ struct closer {
 	__u32 padding[5]; /* to a cache line */
 };
 
+/*
+ * A handover that was not sent, for whoever finds the minisock to know of it
+ * what the record would have said. Found by the cookie; it may have been
+ * overwritten by then.
+ */
+struct heir {
+	__u64 cookie;
+	__u64 check;
+	__u64 time; /* ns, CLOCK_BOOTTIME */
+	__u64 cgroup;
+	__u64 comm[COMM_LEN / 8];
+	__u32 pid;
+	__s32 linger2; /* jiffies */
+	__u32 rto;     /* jiffies */
+	__u32 accepted;
+};
+
 struct counters {
 	__u64 lost;	/* records the ring buffer had no room for */
 	__u64 instants; /* left FIN_WAIT2 as they entered, not sent */
+	__u64 unsent;	/* handovers kept as heirs and not sent */
 	__u64 entered;	/* the last socket whose entry was not sent: see identify() */
+	__u64 window;	/* ns, CLOCK_BOOTTIME, when the last turn of the allowance began */
+	__u64 allowed;	/* handovers sent in it */
 };
 
 struct {
@@ -117,6 +145,24 @@ struct {
 	__type(value, struct closer);
 } closers SEC(".maps");
 
+/*
+ * In parts of just less than 32 KiB, which the kernel takes from its linear
+ * mapping: a page of a large array has to be looked up in the page tables first,
+ * and on a virtual machine that takes several times as long as to write the heir.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, HEIRS / HEIRS_SPAN);
+	__type(key, __u32);
+	__array(
+		values, struct {
+			__uint(type, BPF_MAP_TYPE_ARRAY);
+			__uint(max_entries, HEIRS_PART);
+			__type(key, __u32);
+			__uint(value_size, sizeof(struct heir));
+		});
+} heirs SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -126,6 +172,9 @@ struct {
 
 /* Of the TIME_WAIT minisocks the iterator shows only those that are so since later than this. */
 __u64 time_wait_since; /* ns of the boot clock */
+
+/* How many handovers a CPU sends in each ALLOWANCE_NS. */
+__u32 allowance;
 
 /* The state of the sockets whose owners are asked for. */
 __u8 owned_state;
@@ -148,16 +197,20 @@ static __always_inline __u64 checksum(const struct closer *c)
 /* Writes the current process into c. */
 static __always_inline void read_closer(struct closer *c, __u64 socket)
 {
-	c->cgroup = bpf_get_current_cgroup_id();
-	c->pid = bpf_get_current_pid_tgid() >> 32;
 	/* The process's name; a thread's own says nothing to an operator. */
 	if (config.before_5_12) {
 		struct task_struct *task = (void *)bpf_get_current_task();
 
+		c->cgroup = bpf_get_current_cgroup_id();
+		c->pid = bpf_get_current_pid_tgid() >> 32;
 		BPF_CORE_READ_INTO(&c->comm, task, group_leader, comm);
 	} else {
-		const __u64 *comm = (const void *)bpf_get_current_task_btf()->group_leader->comm;
+		/* Its own loads cost less than calls of helpers. */
+		const struct task_struct *task = bpf_get_current_task_btf();
+		const __u64 *comm = (const void *)task->group_leader->comm;
 
+		c->cgroup = task->cgroups->dfl_cgrp->kn->id;
+		c->pid = task->tgid;
 		c->comm[0] = comm[0];
 		c->comm[1] = comm[1];
 	}
@@ -311,19 +364,59 @@ static __always_inline bool in_process_context(int old_state, int new_state)
 	       (old_state == TCP_FIN_WAIT2 && new_state == TCP_FIN_WAIT2);
 }
 
-SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
+/* Whether there is room in the allowance for one more handover. */
+static __always_inline bool allowed(struct counters *here, __u64 now)
+{
+	if (now - here->window >= ALLOWANCE_NS) {
+		here->window = now;
+		here->allowed = 0;
+	}
+	return here->allowed++ < allowance;
+}
+
+/* Some cookies have no place. */
+static __always_inline struct heir *heir_slot(__u64 cookie)
+{
+	__u32 part = cookie / HEIRS_SPAN % (HEIRS / HEIRS_SPAN), slot = cookie % HEIRS_SPAN;
+	void *heirs_part = bpf_map_lookup_elem(&heirs, &part);
+
+	return heirs_part ? bpf_map_lookup_elem(heirs_part, &slot) : NULL;
+}
+
+/* Never that of a slot full of zeros. */
+static __always_inline __u64 heir_checksum(const struct heir *h)
+{
+	return ~(h->cookie ^ h->time ^ h->cgroup ^ h->comm[0] ^ h->comm[1] ^ h->pid);
+}
+
+/* Keeps what the record of a handover would say, if there is a place for it. */
+static __always_inline bool bequeath(const struct sock *sk, const struct tcp_sock *tp,
+				     const struct closer *who, __u64 now)
+{
+	__u64 cookie = sk->__sk_common.skc_cookie.counter; /* since its entry */
+	struct heir *h = heir_slot(cookie);
+
+	if (!h)
+		return false;
+	h->cookie = cookie;
+	h->time = now;
+	h->cgroup = who->cgroup;
+	h->comm[0] = who->comm[0];
+	h->comm[1] = who->comm[1];
+	h->pid = who->pid;
+	h->linger2 = tp->linger2;
+	h->rto = tp->inet_conn.icsk_rto;
+	h->accepted = sk->sk_max_ack_backlog != 0;
+	h->check = heir_checksum(h);
+	return true;
+}
+
+static __noinline int changed(struct sock *sk, int old_state, int new_state)
 {
 	struct counters *here;
 	struct closer who;
 	struct tcp_sock *tp;
 	bool known = false;
-
-	if (!config.all_states && new_state != TCP_FIN_WAIT1 && new_state != TCP_FIN_WAIT2 &&
-	    old_state != TCP_FIN_WAIT2)
-		return 0;
-	if (sk->sk_protocol != IPPROTO_TCP)
-		return 0;
 
 	if (new_state == TCP_FIN_WAIT1) {
 		note_closer(sk);
@@ -342,6 +435,7 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 	}
 	here->entered = 0;
 
+	/* None of another protocol's sockets goes further. */
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
@@ -373,9 +467,36 @@ int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
 			here->instants++; /* on another CPU */
 			return 0;
 		}
+		/* Where they are very many, the next look finds those that stay. */
+		if (known && !config.before_5_12 && !is_done(sk) && is_dead(sk) && !sk->sk_err &&
+		    tp->linger2 >= 0) {
+			__u64 now = bpf_ktime_get_boot_ns();
+
+			if (!allowed(here, now) && bequeath(sk, tp, &who, now)) {
+				here->unsent++;
+				return 0;
+			}
+		}
 	}
 	send(sk, tp, old_state, new_state, known ? &who : NULL);
 	return 0;
+}
+
+/* Most changes end here: they do not concern FIN_WAIT2. One branch and few instructions. */
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(on_set_state, struct sock *sk, int old_state, int new_state)
+{
+	const __u32 to = 1 << TCP_FIN_WAIT1 | 1 << TCP_FIN_WAIT2, from = 1 << TCP_FIN_WAIT2;
+
+	if (!((1U << new_state & to) | (1U << old_state & from)))
+		return 0;
+	return changed(sk, old_state, new_state);
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(on_any_state, struct sock *sk, int old_state, int new_state)
+{
+	return changed(sk, old_state, new_state);
 }
 
 /* What of a minisock is of interest. */
@@ -414,6 +535,27 @@ static __always_inline void describe(struct row *r, const struct sock_common *sk
 	r->local_port = skc->skc_num;
 	r->remote_port = bpf_ntohs(skc->skc_dport);
 	read_addresses(skc, r->local, r->remote);
+}
+
+/* Fills what is known of a minisock's handover, if that was not sent. */
+static __always_inline void describe_heir(struct row *r)
+{
+	const struct heir *there = heir_slot(r->cookie);
+	struct heir h;
+
+	if (!there)
+		return;
+	h = *there;
+	if (h.cookie != r->cookie || h.check != heir_checksum(&h))
+		return;
+	r->handover = h.time;
+	r->cgroup = h.cgroup;
+	r->comm[0] = h.comm[0];
+	r->comm[1] = h.comm[1];
+	r->pid = h.pid;
+	r->linger2 = h.linger2;
+	r->rto = h.rto;
+	r->accepted = h.accepted;
 }
 
 static __always_inline void describe_minisock(struct row *r, const struct minisock *m)
@@ -514,6 +656,8 @@ int snapshot(struct bpf_iter__tcp *ctx)
 						vfs_inode.i_ino);
 	}
 	describe(&r, skc, cookie_of(skc), &now);
+	if (state == TCP_TIME_WAIT)
+		describe_heir(&r);
 	write_row(ctx->meta->seq, &r);
 	return 0;
 }
@@ -807,6 +951,7 @@ static long show_minisock(__u64 i, struct walker *w)
 		m.entry = w->now.ms - tw->tw_entry_stamp;
 	}
 	describe_minisock(r, &m);
+	describe_heir(r);
 	keep_row(w->batch, r, &tw->__tw_common, TCP_TIME_WAIT);
 	return 0;
 }

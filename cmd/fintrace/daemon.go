@@ -206,8 +206,9 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 func (d *daemon) configure(c *config.Config) {
 	d.config = c
 	d.watch.haproxies.use(c.HAProxy.Config, c.HAProxy.Socket)
-	d.watch.rules.User = c.Limits
-	d.watch.each(d.watch.tracker.SetRules(d.watch.rules, probe.Now()))
+	if err := d.watch.use(c.Limits); err != nil {
+		d.warn(err)
+	}
 	d.book.SetSettings(c.Alerts.Settings)
 	d.changed = true
 	if d.state.path != c.Alerts.StateFile {

@@ -167,7 +167,8 @@ func (d *daemon) gather(ctx context.Context, s *metrics.State) error {
 		now := probe.Now()
 		w := d.watch
 		s.Counters, s.Connections, s.Capacity = w.tracker.Counters(), w.tracker.Len(), track.DefaultCapacity
-		s.Records, s.Lost, s.Missed, s.Instants = d.records, w.counters.Lost, w.counters.Missed, w.counters.Instants
+		s.Records, s.Lost, s.Missed = d.records, w.counters.Lost, w.counters.Missed
+		s.Instants, s.Unfollowed = w.counters.Instants, w.unfollowed
 		s.HAProxy = w.haproxies.found.Processes
 		counts := d.book.Counts()
 		s.Firing, s.Alerts = len(d.book.Active()), map[alert.Event]uint64{

@@ -496,7 +496,7 @@ func TestDaemonMemory(t *testing.T) {
 	d := newDaemon(t, limited(ns, "min_connections: 1, resolve_after: 1s, peers_per_group: 0"))
 	d.under = append([]string{"env", "GOMEMLIMIT=16MiB"}, g.enter()...)
 	d.start()
-	const connections, limit = 5000, 22 << 20
+	const connections, limit = 5000, 26 << 20
 	used := g.usage()
 	g.limit(limit)
 

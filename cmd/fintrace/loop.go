@@ -10,7 +10,7 @@ import (
 	"math"
 	"os"
 	"runtime"
-	"runtime/debug"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +26,10 @@ const (
 	// batchDelay is how long records gather before they are read: at most 10
 	// wake-ups a second, however many connections.
 	batchDelay = 100 * time.Millisecond
+	// fewDelay is that after a batch of few, which most are: each wake-up costs as
+	// much as dozens of records.
+	fewDelay = 250 * time.Millisecond
+	few      = 1000
 	// reconcileEvery is how long the table goes without a look at the sockets.
 	reconcileEvery = 30 * time.Second
 	// doubtfulAtMost is how long it goes while something is in doubt.
@@ -64,10 +68,13 @@ type watch struct {
 	counters probe.Counters
 	checked  events.Time // when the counters were read
 	losses   uint64      // lost and missed records as of the last snapshot
-	drainAt  events.Time // when records are read; 0: once there are some
-	began    events.Time // the last snapshot
-	ended    events.Time
-	cost     time.Duration // of the last snapshot, of one processor
+	unsent   uint64      // handovers that were not sent as of the last snapshot
+	// unfollowed were closed and gone before a snapshot, and were not sent.
+	unfollowed uint64
+	drainAt    events.Time // when records are read; 0: once there are some
+	began      events.Time // the last snapshot
+	ended      events.Time
+	cost       time.Duration // of the last snapshot, of one processor
 
 	covered map[uint32]events.NetnsCounters // the namespaces of the last snapshot
 	skipped []string                        // those that it could not look at, each with why
@@ -78,6 +85,7 @@ func (w *watch) start(ctx context.Context) error {
 	if err := w.probe.Attach(); err != nil {
 		return err
 	}
+	giveBack()
 	return w.seed(ctx)
 }
 
@@ -140,14 +148,21 @@ func (w *watch) run(ctx context.Context) error {
 	}
 }
 
-// settle is for the long run. The kernel's types and the rows of the first look
-// are not needed any more; and there is never so much to do that a second
-// processor is worth being woken for.
+// settle is for the long run: there is never so much to do that a second processor
+// is worth being woken for.
 func settle() {
-	debug.FreeOSMemory()
+	giveBack()
 	if _, set := os.LookupEnv("GOMAXPROCS"); !set {
 		runtime.GOMAXPROCS(1)
 	}
+}
+
+// use puts the user's rules in force. Where one is about minisocks, each is
+// followed from its handover on: a look might find it too late.
+func (w *watch) use(user []limits.Rule) error {
+	w.rules.User = user
+	w.each(w.tracker.SetRules(w.rules, probe.Now()))
+	return w.probe.SendEveryHandover(slices.ContainsFunc(user, func(r limits.Rule) bool { return r.Match.Stage == events.Minisock }))
 }
 
 // found takes what a look for HAProxy has found.
@@ -222,7 +237,7 @@ func (w *watch) nextSnapshot() events.Time {
 		wait = min(reconcileEvery, max(time.Second, 20*w.cost))
 	case w.counters.Lost+w.counters.Missed > w.losses, w.tracker.WantsSnapshot():
 		wait = min(doubtfulAtMost, max(time.Second, 100*w.cost))
-	case w.tracker.Count(events.Minisock) > 0:
+	case w.tracker.Count(events.Minisock) > 0, w.counters.Unsent > w.unsent:
 		wait = min(wait, max(2*time.Second, 1000*w.cost))
 	}
 	return w.ended.Add(wait)
@@ -237,15 +252,21 @@ func (w *watch) check(now events.Time) (err error) {
 }
 
 func (w *watch) drain() error {
+	n := 0
 	some, err := w.probe.Drain(func(ev *events.Event) {
+		n++
 		w.haproxies.noticed(ev.Process)
 		w.each(w.tracker.Apply(ev))
 		if w.onEvent != nil {
 			w.onEvent(ev)
 		}
 	})
-	w.drainAt = 0
-	if some {
+	switch {
+	case !some:
+		w.drainAt = 0
+	case n < few:
+		w.drainAt = probe.Now().Add(fewDelay)
+	default:
 		w.drainAt = probe.Now().Add(batchDelay)
 	}
 	return err
@@ -259,7 +280,7 @@ func (w *watch) reconcile(ctx context.Context) error {
 	if err := w.check(probe.Now()); err != nil {
 		return err
 	}
-	losses := w.counters.Lost + w.counters.Missed
+	losses, unsent := w.counters.Lost+w.counters.Missed, w.counters.Unsent
 	began, spent := probe.Now(), processorTime()
 	var (
 		unowned [][]events.Socket
@@ -276,9 +297,21 @@ func (w *watch) reconcile(ctx context.Context) error {
 				return drained
 			})
 		}
+		// At first, when none is known, all owners are found before: what is held need
+		// not be kept until they are.
+		owners := new(probe.Owners)
+		if w.ended == 0 {
+			owners, _ = w.probe.AllOwners(events.FinWait2) // Who is not found is looked for again.
+		}
 		cov, err = w.probe.Snapshot(known, func(sockets []events.Socket) {
 			inLoop(func() error {
 				drained := w.drain()
+				for i := range sockets {
+					if s := &sockets[i]; s.Stage == events.Held {
+						s.Process = owners.Of(s.Inode)
+					}
+					w.haproxies.noticed(sockets[i].Process)
+				}
 				owned, without := w.divide(sockets)
 				unowned = append(unowned, without)
 				w.each(w.tracker.Observe(owned))
@@ -316,7 +349,12 @@ func (w *watch) reconcile(ctx context.Context) error {
 		return holders.Hold(p.PID, inode, then)
 	}))
 	w.cost = processorTime() - spent
-	w.began, w.ended, w.losses, w.covered = began, probe.Now(), losses, cov.Netns
+	w.began, w.ended, w.covered = began, probe.Now(), cov.Netns
+	w.losses, w.unsent = losses, unsent
+	// A snapshot finds some that were not sent since it began, too.
+	if found := w.tracker.Counters().Found; unsent > found {
+		w.unfollowed = max(w.unfollowed, unsent-found)
+	}
 	if w.looked != nil {
 		w.looked(w.ended.Sub(began), time.Now())
 	}
@@ -327,7 +365,7 @@ func (w *watch) reconcile(ctx context.Context) error {
 // of their own, and the others.
 func (w *watch) divide(sockets []events.Socket) (others, without []events.Socket) {
 	unknown := func(s *events.Socket) bool {
-		return s.Stage == events.Held && !w.tracker.Owner(s.Cookie).Known()
+		return s.Stage == events.Held && !s.Process.Known() && !w.tracker.Owner(s.Cookie).Known()
 	}
 	n := 0
 	for i := range sockets {
@@ -422,7 +460,7 @@ func processorTime() time.Duration {
 // openOrBare opens the probe, without BPF where that cannot be used: warn is told
 // what is less then.
 func openOrBare(warn func(error)) (*probe.Probe, error) {
-	p, err := probe.Open(probe.Options{})
+	p, err := probe.Open(probe.Options{EveryHandover: true})
 	if err == nil {
 		return p, nil
 	}

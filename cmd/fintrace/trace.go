@@ -30,7 +30,9 @@ func traceCommand(e env) *cobra.Command {
 		Long: `Prints a line when a connection passes its limit, when it moves from stage to
 stage, and when it leaves FIN_WAIT2; and a summary at the end (Ctrl-C).
 Connections that have been in FIN_WAIT2 for less than --min-duration are counted
-but not printed; with --min-duration 0 each is printed from its entry on.`,
+but not printed; with --min-duration 0 each is printed from its entry on. Where
+very many are closed, those that are gone within seconds are not followed one by
+one, unless --min-duration is given.`,
 		Args: noArguments,
 	}
 	t.filter = filterFlags(cmd, time.Second)
@@ -44,6 +46,7 @@ but not printed; with --min-duration 0 each is printed from its entry on.`,
 		if t.allStates && !cmd.Flags().Changed("min-duration") {
 			t.filter.MinDuration = 0
 		}
+		t.everyone = cmd.Flags().Changed("min-duration") && t.filter.MinDuration < reconcileEvery
 		ctx := cmd.Context()
 		if duration > 0 {
 			var cancel context.CancelFunc
@@ -64,6 +67,7 @@ type tracing struct {
 	haproxies *haproxies
 	filter    *track.Filter
 	allStates bool
+	everyone  bool // also those that are minisocks for less than from look to look
 	asJSON    bool
 	ringBytes int
 
@@ -91,9 +95,10 @@ func (t *tracing) run(ctx context.Context) (err error) {
 	defer t.cancel()
 	t.env.whenUnread(t.cancel)
 	p, err := probe.Open(probe.Options{
-		AllStates: t.allStates,
-		Instants:  t.filter.MinDuration == 0,
-		RingBytes: t.ringBytes,
+		AllStates:     t.allStates,
+		Instants:      t.filter.MinDuration == 0,
+		EveryHandover: t.everyone,
+		RingBytes:     t.ringBytes,
 	})
 	if err != nil {
 		return err
@@ -249,13 +254,14 @@ func (t *tracing) finish(began events.Time) {
 	})
 	counters := t.watch.tracker.Counters()
 	totals := report.Totals{
-		Traced:    now.Sub(began),
-		Remaining: remaining,
-		Instants:  t.watch.counters.Instants,
-		Lost:      t.watch.counters.Lost,
-		Missed:    t.watch.counters.Missed,
-		Corrected: counters.Corrected,
-		Shed:      counters.Shed,
+		Traced:     now.Sub(began),
+		Remaining:  remaining,
+		Instants:   t.watch.counters.Instants,
+		Unfollowed: t.watch.unfollowed,
+		Lost:       t.watch.counters.Lost,
+		Missed:     t.watch.counters.Missed,
+		Corrected:  counters.Corrected,
+		Shed:       counters.Shed,
 	}
 	if t.asJSON {
 		t.printed(t.out.Encode(t.summary.Record(t.names.Wall(now), totals)))

@@ -246,9 +246,10 @@ type Socket struct {
 	Flow     Flow
 	State    State
 	Stage    Stage
-	Timers   Timers // RTO and Linger2 are unknown (0) for a minisock
+	Timers   Timers // without Handover, RTO and Linger2 are unknown (0) for a minisock
 	Accepted bool
-	Process  Process // of a held socket, where it was looked for
+	Process  Process // of a held socket, where it was looked for; with Handover, who closed
+	Handover Time    // when it became a minisock, if there was no Event of that; 0 unknown
 
 	LastAck time.Duration // since the peer last acknowledged; full sockets only
 	Entry   time.Duration // since the minisock's entry stamp; -1 unknown

@@ -43,9 +43,11 @@ var (
 		"Connections past their limit, by the setting that limits them. What has been seen once stays, as 0 while there is none; what comes after the first 1000 is counted as port \"other\".",
 		"stage", "side", "proxy", "port", "limit")
 	entered = counter("fin_wait2_entered_total",
-		"Connections that entered FIN_WAIT2 or were found in it, but for those that left at once (see instants).")
+		"Connections that entered FIN_WAIT2 or were found in it, but for those that left at once (see instants) or soon (see unfollowed).")
 	left = counter("fin_wait2_left_total",
-		"Connections that left FIN_WAIT2, but for those that left at once (see instants).")
+		"Connections that left FIN_WAIT2, but for those that left at once (see instants) or soon (see unfollowed).")
+	unfollowed = counter("fin_wait2_unfollowed_total",
+		"Connections that were closed and left FIN_WAIT2 before the next look, where so many were closed that they are not followed one by one.")
 	instants = counter("fin_wait2_instants_total",
 		"Connections that entered FIN_WAIT2 and left at once, as a healthy close does.")
 
@@ -156,6 +158,7 @@ func (c *collection) table() {
 	c.put(entered, float64(c.Counters.Entered))
 	c.put(left, float64(c.Counters.Left))
 	c.put(instants, float64(c.Instants))
+	c.put(unfollowed, float64(c.Unfollowed))
 	c.put(records, float64(c.Records))
 	c.put(recordsLost, float64(c.Lost))
 	c.put(eventsMissed, float64(c.Missed))

@@ -225,7 +225,8 @@ func busy(t testing.TB, m *Metrics) func(*State) {
 	return func(s *State) {
 		s.Counters = track.Counters{Entered: 23, Left: 11, Shed: 3, Corrected: 2}
 		s.Connections, s.Capacity = 7, 1<<20
-		s.Records, s.Lost, s.Missed, s.Instants = 1009, 13, 17, 100_003
+		s.Records, s.Lost, s.Missed = 1009, 13, 17
+		s.Instants, s.Unfollowed = 100_003, 701
 		s.HAProxy = processes
 		s.Namespaces = []Namespace{
 			{Name: "blue", Sysctls: events.Sysctls{events.SysctlFinTimeout: 30, events.SysctlMaxTWBuckets: 4096},

@@ -24,6 +24,8 @@ type State struct {
 	Lost     uint64 // for want of room
 	Missed   uint64 // events that the kernel skipped
 	Instants uint64 // healthy closes, which no record is sent of
+	// Unfollowed were closed and gone before a look: too many to follow each.
+	Unfollowed uint64
 
 	HAProxy    []haproxy.Process
 	Namespaces []Namespace

@@ -50,7 +50,10 @@ type bpfCounters struct {
 	_        structs.HostLayout
 	Lost     uint64
 	Instants uint64
+	Unsent   uint64
 	Entered  uint64
+	Window   uint64
+	Allowed  uint64
 }
 
 type bpfEvent struct {
@@ -115,7 +118,11 @@ type bpfRow struct {
 	Accepted   uint8
 	HasTimer   uint8
 	HasEntry   uint8
-	Padding    [6]uint8
+	Padding    [2]uint8
+	Pid        uint32
+	Handover   uint64
+	Cgroup     uint64
+	Comm       [2]uint64
 	Local      [16]uint8
 	Remote     [16]uint8
 }
@@ -142,13 +149,16 @@ const (
 	bpfMapBatches       = "batches"
 	bpfMapClosers       = "closers"
 	bpfMapCounts        = "counts"
+	bpfMapHeirs         = "heirs"
 	bpfMapKnown         = "known"
 	bpfMapRing          = "ring"
 	bpfMapScratches     = "scratches"
+	bpfProgOnAnyState   = "on_any_state"
 	bpfProgOnSetState   = "on_set_state"
 	bpfProgOwners       = "owners"
 	bpfProgSnapshot     = "snapshot"
 	bpfProgWalk         = "walk"
+	bpfVarAllowance     = "allowance"
 	bpfVarConfig        = "config"
 	bpfVarOwnedState    = "owned_state"
 	bpfVarTimeWaitSince = "time_wait_since"
@@ -196,6 +206,7 @@ type bpfSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfProgramSpecs struct {
+	OnAnyState *ebpf.ProgramSpec `ebpf:"on_any_state"`
 	OnSetState *ebpf.ProgramSpec `ebpf:"on_set_state"`
 	Owners     *ebpf.ProgramSpec `ebpf:"owners"`
 	Snapshot   *ebpf.ProgramSpec `ebpf:"snapshot"`
@@ -209,6 +220,7 @@ type bpfMapSpecs struct {
 	Batches   *ebpf.MapSpec `ebpf:"batches"`
 	Closers   *ebpf.MapSpec `ebpf:"closers"`
 	Counts    *ebpf.MapSpec `ebpf:"counts"`
+	Heirs     *ebpf.MapSpec `ebpf:"heirs"`
 	Known     *ebpf.MapSpec `ebpf:"known"`
 	Ring      *ebpf.MapSpec `ebpf:"ring"`
 	Scratches *ebpf.MapSpec `ebpf:"scratches"`
@@ -218,6 +230,7 @@ type bpfMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfVariableSpecs struct {
+	Allowance     *ebpf.VariableSpec `ebpf:"allowance"`
 	Config        *ebpf.VariableSpec `ebpf:"config"`
 	OwnedState    *ebpf.VariableSpec `ebpf:"owned_state"`
 	TimeWaitSince *ebpf.VariableSpec `ebpf:"time_wait_since"`
@@ -246,6 +259,7 @@ type bpfMaps struct {
 	Batches   *ebpf.Map `ebpf:"batches"`
 	Closers   *ebpf.Map `ebpf:"closers"`
 	Counts    *ebpf.Map `ebpf:"counts"`
+	Heirs     *ebpf.Map `ebpf:"heirs"`
 	Known     *ebpf.Map `ebpf:"known"`
 	Ring      *ebpf.Map `ebpf:"ring"`
 	Scratches *ebpf.Map `ebpf:"scratches"`
@@ -256,6 +270,7 @@ func (m *bpfMaps) Close() error {
 		m.Batches,
 		m.Closers,
 		m.Counts,
+		m.Heirs,
 		m.Known,
 		m.Ring,
 		m.Scratches,
@@ -266,6 +281,7 @@ func (m *bpfMaps) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfVariables struct {
+	Allowance     *ebpf.Variable `ebpf:"allowance"`
 	Config        *ebpf.Variable `ebpf:"config"`
 	OwnedState    *ebpf.Variable `ebpf:"owned_state"`
 	TimeWaitSince *ebpf.Variable `ebpf:"time_wait_since"`
@@ -275,6 +291,7 @@ type bpfVariables struct {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfPrograms struct {
+	OnAnyState *ebpf.Program `ebpf:"on_any_state"`
 	OnSetState *ebpf.Program `ebpf:"on_set_state"`
 	Owners     *ebpf.Program `ebpf:"owners"`
 	Snapshot   *ebpf.Program `ebpf:"snapshot"`
@@ -283,6 +300,7 @@ type bpfPrograms struct {
 
 func (p *bpfPrograms) Close() error {
 	return _BpfClose(
+		p.OnAnyState,
 		p.OnSetState,
 		p.Owners,
 		p.Snapshot,

@@ -48,17 +48,13 @@ func (c clock) decodeEvent(record []byte, ev *events.Event) error {
 	}
 	raw := (*bpfEvent)(unsafe.Pointer(unsafe.SliceData(record)))
 	*ev = events.Event{
-		Time:   events.Time(raw.Time),
-		Cookie: raw.Cookie,
-		Netns:  raw.Netns,
-		Flow:   flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort, raw.Device),
-		Old:    events.State(raw.OldState),
-		New:    events.State(raw.NewState),
-		Process: events.Process{
-			PID:    raw.Pid,
-			Cgroup: raw.Cgroup,
-			Comm:   *(*[16]byte)(unsafe.Pointer(&raw.Comm)),
-		},
+		Time:     events.Time(raw.Time),
+		Cookie:   raw.Cookie,
+		Netns:    raw.Netns,
+		Flow:     flow(&raw.Local, raw.LocalPort, &raw.Remote, raw.RemotePort, raw.Device),
+		Old:      events.State(raw.OldState),
+		New:      events.State(raw.NewState),
+		Process:  process(raw.Pid, raw.Cgroup, &raw.Comm),
 		Timers:   c.timers(raw.FinTimeout, raw.Linger2, raw.Rto),
 		Err:      raw.Err,
 		RcvShut:  raw.Shutdown&rcvShutdown != 0,
@@ -93,6 +89,8 @@ func (c clock) socket(raw *bpfRow, s *events.Socket) {
 		Timers:   c.timers(raw.FinTimeout, raw.Linger2, raw.Rto),
 		Accepted: raw.Accepted != 0,
 		LastAck:  c.jiffies(int64(raw.LastAck)),
+		Handover: events.Time(raw.Handover),
+		Process:  process(raw.Pid, raw.Cgroup, &raw.Comm),
 		Entry:    -1,
 		Timer:    c.jiffies(int64(raw.Timer)),
 		HasTimer: raw.HasTimer != 0,
@@ -131,6 +129,10 @@ func (c clock) timers(finTimeout uint32, linger2 int32, rto uint32) events.Timer
 		Linger2:    c.jiffies(int64(linger2)),
 		RTO:        c.jiffies(int64(rto)),
 	}
+}
+
+func process(pid uint32, cgroup uint64, comm *[2]uint64) events.Process {
+	return events.Process{PID: pid, Cgroup: cgroup, Comm: *(*[16]byte)(unsafe.Pointer(comm))}
 }
 
 func flow(local *[16]uint8, localPort uint16, remote *[16]uint8, remotePort uint16, device uint32) events.Flow {

@@ -4,11 +4,13 @@ package probe
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -56,41 +58,77 @@ func newOwnerIterator(spec *ebpf.CollectionSpec, kernel *btf.Cache) (*ownerItera
 // what could not be looked at.
 func (p *Probe) Owners(sockets ...[]events.Socket) error {
 	var state events.State
-	wanted := map[uint64]owner{}
+	wanted := map[uint64]bool{}
 	for _, some := range sockets {
 		for i := range some {
-			s := &some[i]
-			s.Process = events.Process{}
-			wanted[s.Inode] = owner{process: &s.Process}
-			state = s.State
+			state = some[i].State
+			wanted[some[i].Inode] = true
 		}
 	}
-	switch {
-	case len(wanted) == 0:
+	if len(wanted) == 0 {
 		return nil
-	case p.owners == nil:
-		return findOwners(wanted)
 	}
-	if err := p.owners.find(state, wanted); err != nil {
-		return fmt.Errorf("who holds a connection: %w", err)
+	find := func() (*Owners, error) { return p.AllOwners(state) }
+	if p.owners == nil {
+		find = func() (*Owners, error) { return findOwners(wanted) }
 	}
-	return nil
+	owners, err := find()
+	for _, some := range sockets {
+		for i := range some {
+			some[i].Process = owners.Of(some[i].Inode)
+		}
+	}
+	return err
 }
 
-// An owner of a socket, as far as it is known.
+// AllOwners are the processes that hold the sockets in a state. Where the kernel has
+// no iterator of files there are none.
+func (p *Probe) AllOwners(state events.State) (*Owners, error) {
+	owners := &Owners{numbers: map[uint64]uint32{}}
+	if p.owners == nil {
+		return owners, nil
+	}
+	if err := p.owners.find(state, owners); err != nil {
+		return owners, fmt.Errorf("who holds a connection: %w", err)
+	}
+	return owners, nil
+}
+
+// Owners are processes, and which sockets each holds.
+type Owners struct {
+	processes []owner
+	numbers   map[uint64]uint32 // of processes, by the sockets' inodes
+}
+
+// Of is who holds the socket of an inode; not known if nobody does.
+func (o *Owners) Of(inode uint64) events.Process {
+	if n, ok := o.numbers[inode]; ok {
+		return o.processes[n].process
+	}
+	return events.Process{}
+}
+
+// An owner is a process that holds sockets.
 type owner struct {
-	process *events.Process
+	process events.Process
 	began   events.Time
 }
 
-// yields says that a process which began then is rather the owner, or one that
-// began at the same time with a lower pid.
-func (o owner) yields(began events.Time, pid uint32) bool {
-	return !o.process.Known() || began < o.began || began == o.began && pid < o.process.PID
+// holds says that the last of the processes holds a socket. Of several it is the
+// one that began first, or the one with the lowest pid of those.
+func (o *Owners) holds(inode uint64) {
+	last := &o.processes[len(o.processes)-1]
+	if n, held := o.numbers[inode]; held {
+		other := &o.processes[n]
+		if cmp.Or(cmp.Compare(other.began, last.began), cmp.Compare(other.process.PID, last.process.PID)) <= 0 {
+			return
+		}
+	}
+	o.numbers[inode] = uint32(len(o.processes) - 1)
 }
 
-// find has the kernel look.
-func (o *ownerIterator) find(state events.State, wanted map[uint64]owner) error {
+// find has the kernel look, which goes from process to process.
+func (o *ownerIterator) find(state events.State, owners *Owners) error {
 	if err := o.state.Set(uint8(state)); err != nil {
 		return err
 	}
@@ -99,47 +137,40 @@ func (o *ownerIterator) find(state events.State, wanted map[uint64]owner) error 
 		return err
 	}
 	defer files.Close()
+	var last owner // the process whose files these are
 	return readRows(files, make([]byte, rowsPerRead*ownerSize), ownerSize, func(rows []byte) error {
 		for i := 0; i < len(rows); i += ownerSize {
 			raw := (*bpfOwner)(unsafe.Pointer(&rows[i]))
-			known, ok := wanted[raw.Inode]
-			if began := events.Time(raw.Began); ok && known.yields(began, raw.Pid) {
-				*known.process = events.Process{PID: raw.Pid, Cgroup: raw.Cgroup, Comm: *(*[16]byte)(unsafe.Pointer(&raw.Comm))}
-				wanted[raw.Inode] = owner{known.process, began}
+			if began := events.Time(raw.Began); last.process.PID != raw.Pid || last.began != began {
+				last = owner{process(raw.Pid, raw.Cgroup, &raw.Comm), began}
+				owners.processes = append(owners.processes, last)
 			}
+			owners.holds(raw.Inode)
 		}
 		return nil
 	})
 }
 
-// findOwners looks through /proc/PID/fd, where the kernel has no such iterator.
-func findOwners(wanted map[uint64]owner) error {
+// findOwners looks through /proc/PID/fd for those of wanted sockets, where the kernel
+// has no such iterator.
+func findOwners(wanted map[uint64]bool) (*Owners, error) {
+	owners := &Owners{numbers: map[uint64]uint32{}}
 	hidden := false
 	for _, pid := range pids() {
 		dir, err := openProcess(pid)
 		if err != nil {
 			continue
 		}
-		var (
-			process events.Process // read when a socket is found
-			began   events.Time
-		)
 		found, err := socketInodes(dir)
 		hidden = hidden || errors.Is(err, fs.ErrPermission)
-		for _, inode := range found {
-			known, ok := wanted[inode]
-			if !ok {
-				continue
-			}
-			if !process.Known() {
-				if began, err = beginning(dir); err != nil {
-					break // It has ended, and holds nothing.
+		found = slices.DeleteFunc(found, func(inode uint64) bool { return !wanted[inode] })
+		if len(found) > 0 {
+			// One that has ended holds nothing.
+			if began, err := beginning(dir); err == nil {
+				owners.processes = append(owners.processes, owner{readProcess(dir, pid), began})
+				for _, inode := range found {
+					owners.holds(inode)
 				}
-				process = readProcess(dir, pid)
-			}
-			if known.yields(began, pid) {
-				*known.process = process
-				wanted[inode] = owner{known.process, began}
 			}
 		}
 		dir.Close()
@@ -153,9 +184,9 @@ func findOwners(wanted map[uint64]owner) error {
 	}
 	// With both a security module hides them, single ones and for good.
 	if !hidden || len(lacks) == 0 {
-		return nil
+		return owners, nil
 	}
-	return fmt.Errorf("what processes of other users hold: no permission (%s)", strings.Join(lacks, ", "))
+	return owners, fmt.Errorf("what processes of other users hold: no permission (%s)", strings.Join(lacks, ", "))
 }
 
 // openProcess opens a process's directory. Whoever is given the pid after the

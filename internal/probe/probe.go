@@ -8,6 +8,7 @@ package probe
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strings"
 	"sync"
@@ -30,6 +31,9 @@ type Options struct {
 	// Instants sends also the connections that leave FIN_WAIT2 in the very
 	// segment that brought them there. They are counted in any case.
 	Instants bool
+	// EveryHandover sends all connections that become minisocks, however many:
+	// see SendEveryHandover. With Instants or AllStates they are.
+	EveryHandover bool
 	// RingBytes is the size of the ring buffer, a power of two and a multiple
 	// of the page size; 0 is the default of 4 MiB.
 	RingBytes int
@@ -47,6 +51,7 @@ type Probe struct {
 	walker   *walker        // nil: the same
 	looked   events.Time    // when the last snapshot began
 	ring     *ring
+	part     *ebpf.MapSpec // of the heirs
 	clock    clock
 	bare     bool // without BPF: only clock is set
 }
@@ -57,12 +62,14 @@ type objects struct {
 	Snapshot   *ebpf.Program `ebpf:"snapshot"`
 	Ring       *ebpf.Map     `ebpf:"ring"`
 	Counts     *ebpf.Map     `ebpf:"counts"`
+	Heirs      *ebpf.Map     `ebpf:"heirs"`
 
 	TimeWaitSince *ebpf.Variable `ebpf:"time_wait_since"`
+	Allowance     *ebpf.Variable `ebpf:"allowance"`
 }
 
 func (o *objects) close() error {
-	return errors.Join(o.OnSetState.Close(), o.Snapshot.Close(), o.Ring.Close(), o.Counts.Close())
+	return errors.Join(o.OnSetState.Close(), o.Snapshot.Close(), o.Ring.Close(), o.Counts.Close(), o.Heirs.Close())
 }
 
 // Counters are totals since Open, over all namespaces.
@@ -70,6 +77,7 @@ type Counters struct {
 	Lost     uint64 // records the ring buffer had no room for
 	Missed   uint64 // events the kernel did not run the program for, because it was running on that CPU
 	Instants uint64 // connections that left FIN_WAIT2 as they entered it, and were not sent
+	Unsent   uint64 // connections that became minisocks, and were not sent as there were very many: a Snapshot shows those that stay
 }
 
 // Open loads the programs. Attach starts the records; Snapshot works without.
@@ -90,6 +98,9 @@ func Open(opts Options) (_ *Probe, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
 	}
+	part := spec.Maps[bpfMapHeirs].InnerMap
+	// Not the types of its keys and values, which hold on to all others.
+	p.part = &ebpf.MapSpec{Name: part.Name, Type: part.Type, KeySize: part.KeySize, ValueSize: part.ValueSize, MaxEntries: part.MaxEntries}
 	if opts.RingBytes != 0 {
 		spec.Maps[bpfMapRing].MaxEntries = uint32(opts.RingBytes)
 	}
@@ -101,6 +112,12 @@ func Open(opts Options) (_ *Probe, err error) {
 	if thisHost().before(chargesMemory) {
 		// Where this is refused, so is the loading, which says why.
 		_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
+	}
+	if err := spec.Variables[bpfVarAllowance].Set(allowance(opts.EveryHandover || opts.Instants || opts.AllStates)); err != nil {
+		return nil, fmt.Errorf("configure the BPF programs: %w", err)
+	}
+	if opts.AllStates {
+		spec.Programs[bpfProgOnSetState] = spec.Programs[bpfProgOnAnyState]
 	}
 	types := btf.NewCache() // The kernel's are many: they are read once.
 	if err := p.load(spec, config, types); err != nil {
@@ -122,8 +139,32 @@ func Open(opts Options) (_ *Probe, err error) {
 	if p.owners, err = newOwnerIterator(spec, types); err != nil {
 		return nil, err
 	}
-	p.walker, err = newWalker(spec, types)
+	p.walker, err = newWalker(spec, types, p.objects.Heirs)
 	return p, err
+}
+
+// handoversSent is how many connections that become minisocks each CPU sends in a
+// tenth of a second, where they are not all wanted.
+const handoversSent = 8
+
+// SendEveryHandover says whether all connections that become minisocks are sent, or
+// on each CPU 80 a second. Most are minisocks for milliseconds; a Snapshot shows
+// those that stay. Before Linux 5.12 all are sent.
+func (p *Probe) SendEveryHandover(every bool) error {
+	if p.bare {
+		return nil
+	}
+	if err := p.objects.Allowance.Set(allowance(every)); err != nil {
+		return fmt.Errorf("set how many handovers to send: %w", err)
+	}
+	return nil
+}
+
+func allowance(every bool) uint32 {
+	if every {
+		return math.MaxUint32
+	}
+	return handoversSent
 }
 
 // filesNeeded is how many descriptors a Probe and a look at the sockets have at
@@ -163,9 +204,26 @@ func (p *Probe) Attach() error {
 		return thisHost().explain(fmt.Errorf("map the ring buffer: %w", err))
 	}
 	p.ring = ring
+	if err := p.makeHeirs(); err != nil {
+		return thisHost().explain(err)
+	}
 	p.attached, err = link.AttachTracing(link.TracingOptions{Program: p.objects.OnSetState})
 	if err != nil {
 		return thisHost().explain(fmt.Errorf("attach to inet_sock_set_state: %w", err))
+	}
+	return nil
+}
+
+// makeHeirs gives the kernel side its memory for the handovers that it does not send.
+func (p *Probe) makeHeirs() error {
+	for i := range p.objects.Heirs.MaxEntries() {
+		part, err := ebpf.NewMap(p.part)
+		if err != nil {
+			return fmt.Errorf("make a map for handovers: %w", err)
+		}
+		if err := errors.Join(p.objects.Heirs.Put(i, part), part.Close()); err != nil {
+			return fmt.Errorf("add a map for handovers: %w", err)
+		}
 	}
 	return nil
 }
@@ -233,6 +291,7 @@ func (p *Probe) Counters() (Counters, error) {
 	for _, n := range perCPU {
 		c.Lost += n.Lost
 		c.Instants += n.Instants
+		c.Unsent += n.Unsent
 	}
 	stats, err := p.objects.OnSetState.Stats()
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 )
 
 // rowsPerRead bounds what one read of the iterator returns; the kernel's own
-// buffer for it holds some 290 rows.
+// buffer for it holds some 200 rows.
 const rowsPerRead = 512
 
 // Snapshot walks the TCP sockets of every network namespace and calls fn with

@@ -37,8 +37,9 @@ const (
 )
 
 // newWalker loads the walk; nil and no error where the kernel lacks what it
-// takes, bpf_rdonly_cast(), which came with Linux 6.2.
-func newWalker(spec *ebpf.CollectionSpec, kernel *btf.Cache) (_ *walker, err error) {
+// takes, bpf_rdonly_cast(), which came with Linux 6.2. What the other programs have
+// not sent it takes from heirs.
+func newWalker(spec *ebpf.CollectionSpec, kernel *btf.Cache, heirs *ebpf.Map) (_ *walker, err error) {
 	if there, err := canWalk(kernel); err != nil || !there {
 		return nil, err
 	}
@@ -48,7 +49,8 @@ func newWalker(spec *ebpf.CollectionSpec, kernel *btf.Cache) (_ *walker, err err
 			err = errors.Join(err, w.close())
 		}
 	}()
-	if err := spec.LoadAndAssign(&w.objects, &ebpf.CollectionOptions{Cache: kernel}); err != nil {
+	shared := map[string]*ebpf.Map{bpfMapHeirs: heirs}
+	if err := spec.LoadAndAssign(&w.objects, &ebpf.CollectionOptions{Cache: kernel, MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load the walk of the socket tables: %w", err)
 	}
 	if w.batch, err = mapValue[bpfBatch](w, w.objects.Batches); err != nil {

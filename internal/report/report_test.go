@@ -339,7 +339,7 @@ func TestSortOldest(t *testing.T) {
 }
 
 func TestSummary(t *testing.T) {
-	totals := Totals{Traced: 90 * time.Second, Remaining: 2, Corrected: 3, Shed: 4, Instants: 1, Lost: 5, Missed: 6}
+	totals := Totals{Traced: 90 * time.Second, Remaining: 2, Corrected: 3, Shed: 4, Instants: 1, Unfollowed: 7, Lost: 5, Missed: 6}
 	for _, test := range []struct {
 		name    string
 		notices []track.Notice

@@ -127,13 +127,14 @@ func worst[K named](tallies map[K]*tally) []K {
 
 // Totals are the figures of a summary that others have counted.
 type Totals struct {
-	Traced    time.Duration
-	Remaining int
-	Corrected uint64 // put right by a snapshot
-	Shed      uint64 // not tracked, the table being full
-	Instants  uint64 // left FIN_WAIT2 as they entered it
-	Lost      uint64 // records the ring buffer had no room for
-	Missed    uint64 // events the kernel skipped
+	Traced     time.Duration
+	Remaining  int
+	Corrected  uint64 // put right by a snapshot
+	Shed       uint64 // not tracked, the table being full
+	Instants   uint64 // left FIN_WAIT2 as they entered it
+	Unfollowed uint64 // were closed and gone before a look, and were too many to follow each
+	Lost       uint64 // records the ring buffer had no room for
+	Missed     uint64 // events the kernel skipped
 }
 
 // Print writes the summary as text.
@@ -143,6 +144,10 @@ func (s *Summary) Print(w io.Writer, t Totals, style Style) error {
 		Duration(t.Traced), s.entered, s.seeded, s.left, t.Remaining, s.overdue)
 	fmt.Fprintf(&b, "%s more left as they entered, as a healthy close does (all namespaces, before filters).\n",
 		plural(t.Instants, "connection", "connections"))
+	if t.Unfollowed > 0 {
+		fmt.Fprintf(&b, "%s more were closed and gone before the next look: too many to follow each (--min-duration 0 does).\n",
+			plural(t.Unfollowed, "connection", "connections"))
+	}
 	if len(s.ends) > 0 {
 		b.WriteString("Left by:")
 		for _, e := range events.Ends() {
@@ -216,7 +221,7 @@ func (s *Summary) Record(at time.Time, t Totals) map[string]any {
 	return map[string]any{
 		"time": at, "kind": "summary", "traced_seconds": t.Traced.Seconds(),
 		"entered": s.entered, "seeded": s.seeded, "left": s.left, "remaining": t.Remaining,
-		"instants": t.Instants, "overdue": s.overdue, "ends": ends,
+		"instants": t.Instants, "unfollowed": t.Unfollowed, "overdue": s.overdue, "ends": ends,
 		"lost": t.Lost, "missed": t.Missed, "corrected": t.Corrected, "shed": t.Shed,
 	}
 }

@@ -39,6 +39,7 @@ type history struct {
 	ended  events.Time
 	sent   []events.Event // the records of it
 	stamps bool           // the kernel has entry stamps
+	unsent bool           // its handover is not sent, and known to the kernel side
 	pid    uint32
 
 	// What became of it on the way to the tracker.
@@ -234,6 +235,7 @@ func draw(t *rapid.T, cookie uint64, entry events.Time, stamps bool) *history {
 		return h
 	}
 	h.record(at, events.FinWait2, events.Close, noted)
+	h.unsent = !held && !above60 && at > boot && rapid.IntRange(0, 2).Draw(t, "unsent") == 0
 	timer := at.Add(miniLife)
 	h.phases = append(h.phases, phase{from: at, state: events.FinWait2, stage: events.Minisock, deadline: timer})
 	fires := timer.Add(slack(miniLife))
@@ -259,7 +261,11 @@ func (h *history) row(at events.Time) (s events.Socket, ok bool) {
 	switch {
 	case p.state == events.TimeWait || p.stage == events.Minisock:
 		s.Stage = events.Minisock
-		s.Timers.Linger2, s.Timers.RTO = 0, 0
+		if h.unsent && p.state == events.FinWait2 {
+			s.Handover, s.Process = p.from, process(h.pid)
+		} else {
+			s.Timers.Linger2, s.Timers.RTO = 0, 0
+		}
 		if h.stamps {
 			// In milliseconds, cut: of the clock, and of the stamp. The peer
 			// sends timestamps where its cookie is odd.
@@ -320,6 +326,7 @@ func againstModel(t *rapid.T) {
 	r.snapshot()
 	for range rapid.IntRange(1, 30).Draw(t, "steps") {
 		r.advanceTo(r.now.Add(span(t, "step", 0, 20*time.Second)))
+		r.forget()
 		switch rapid.IntRange(0, 3).Draw(t, "do") {
 		case 0, 1:
 			r.snapshot()
@@ -353,7 +360,10 @@ func (r *run) advanceTo(until events.Time) {
 	var due []*events.Event
 	for _, h := range r.conns {
 		for ; h.lastPlace < len(h.sent) && h.sent[h.lastPlace].Time <= until; h.lastPlace++ {
-			if r.shuffle.IntN(100) < r.loss {
+			switch {
+			case h.unsent:
+				continue
+			case r.shuffle.IntN(100) < r.loss:
 				h.lost++
 				continue
 			}
@@ -372,6 +382,16 @@ func (r *run) advanceTo(until events.Time) {
 		}
 	}
 	r.now = until
+}
+
+// forget has the kernel side need the room of what it has not sent for others.
+func (r *run) forget() {
+	for _, h := range r.conns {
+		if h.unsent && h.phases[0].from <= r.now && r.shuffle.IntN(10) == 0 {
+			h.unsent = false
+			h.lost++
+		}
+	}
 }
 
 // snapshot walks the sockets, in batches between which the world goes on, and

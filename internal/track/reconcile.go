@@ -46,7 +46,10 @@ func (t *Tracker) Observe(sockets []events.Socket) []Notice {
 			t.finished(i, s)
 		case known:
 			t.refresh(i, s)
-		case s.State == events.FinWait2:
+		case s.State != events.FinWait2 || t.gone(s.Cookie):
+		case s.Handover != 0:
+			t.find(s)
+		default:
 			t.seed(s)
 		}
 	}
@@ -148,11 +151,30 @@ func (t *Tracker) confirm(i index, now events.Time) {
 	}
 }
 
+// gone says that a connection left after its row was read.
+func (t *Tracker) gone(cookie uint64) bool {
+	_, ended := t.ended[cookie]
+	return ended
+}
+
+// find opens a minisock whose handover was not sent, as if it had been: the
+// snapshot says what the event would have.
+func (t *Tracker) find(s *events.Socket) {
+	if t.table.count >= t.capacity {
+		t.displace(s.Handover)
+	}
+	t.leave(0, &events.Event{
+		Time: s.Handover, Cookie: s.Cookie, Netns: s.Netns, Flow: s.Flow, Old: events.FinWait2, New: events.Close,
+		Process: s.Process, Timers: s.Timers, Dead: true, Accepted: s.Accepted,
+	})
+	if i, there := t.table.get(&t.slab, s.Cookie); there {
+		t.counters.Found++
+		t.refresh(i, s)
+	}
+}
+
 // seed opens a connection that was there before us, or whose record was lost.
 func (t *Tracker) seed(s *events.Socket) {
-	if _, ended := t.ended[s.Cookie]; ended {
-		return // It left after it was read.
-	}
 	// Any packet later than the entry makes the time of the last a bound: unknown
 	// whether there was one.
 	since, inexact := s.Time.Add(-s.LastAck), true

@@ -66,7 +66,8 @@ func newScenario() *scenario {
 // The clock does not go back, but for what is marked late. SOCKET is cookie=1 t=0s [netns=1] [fin_timeout=60s] [linger2=3s] [rto=200ms]
 // [local=192.0.2.1:80] [remote=198.51.100.1:40001] [pid=7] [comm=web] [accepted].
 // A snapshot's rows are the lines below it: held, orphan, minisock, time_wait or
-// listen, with the same words and [timer=3s] [entry=5s] [last_ack=5s] [inode=12].
+// listen, with the same words and [timer=3s] [entry=5s] [last_ack=5s] [inode=12]; a minisock
+// whose handover was not sent has handover=, the time of it.
 func (s *scenario) run(d *datadriven.TestData) (string, error) {
 	words, err := newWords(d.CmdArgs)
 	if err != nil {
@@ -292,7 +293,7 @@ func describe(c *Conn) string {
 type words map[string]string
 
 var vocabulary = strings.Fields(`t held capacity cookie netns fin_timeout linger2 rto local remote pid comm accepted
-	dead done rcvshut err covers overflow reused gone given_up inode timer entry last_ack port late changed alone local_port process proxy stage`)
+	dead done rcvshut err covers overflow reused gone given_up inode timer entry last_ack handover port late changed alone local_port process proxy stage`)
 
 func newWords(args []datadriven.CmdArg) (words, error) {
 	w := words{}
@@ -404,6 +405,10 @@ func (w words) socket(kind string, now events.Time) (events.Socket, error) {
 	case 0:
 		s.Flow.Local.Port = uint16(w.number("port", 80))
 	case events.Minisock:
+		if w.is("handover") {
+			s.Handover = boot.Add(w.duration("handover", 0))
+			break
+		}
 		s.Timers.Linger2, s.Timers.RTO, s.LastAck, s.Accepted = 0, 0, 0, false // it has none
 	}
 	return s, nil

@@ -54,6 +54,7 @@ type Counters struct {
 	Left      uint64
 	Shed      uint64 // records, rows and connections turned away, the table being full: at least one for each connection not tracked
 	Corrected uint64 // put right by a snapshot: the record of it was lost
+	Found     uint64 // by a snapshot, of those whose handover the kernel side did not send
 }
 
 // Tracker is the table. It is not safe for concurrent use.
