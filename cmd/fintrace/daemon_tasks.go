@@ -24,6 +24,7 @@ func (d *daemon) loop(ctx context.Context) error {
 		return err
 	}
 	d.confine()
+	giveBack()
 	if err := d.watch.seed(ctx); err != nil {
 		return err
 	}
