@@ -400,51 +400,94 @@ func TestUnsent(t *testing.T) {
 	kerneltest.Require(t)
 	ns := kerneltest.NewNamespace(t)
 	r := record(t, probe.Options{}, limits.Rules{})
-	const n = 400 // more than many processors send at once
-	var stay, leave []*pair
-	for i := range n {
-		stay, leave = append(stay, connect(t, ns, events.Inbound, ipv4)), append(leave, connect(t, ns, events.Outbound, ipv6))
-		if i%2 == 0 {
-			stay[i].must(unix.SetsockoptInt(stay[i].subject, unix.IPPROTO_TCP, unix.TCP_LINGER2, 50))
+	closed := func(n int, every time.Duration) (pairs []*pair) {
+		for i := range n {
+			p := connect(t, ns, events.Inbound, ipv4)
+			if i%2 == 0 {
+				p.must(unix.SetsockoptInt(p.subject, unix.IPPROTO_TCP, unix.TCP_LINGER2, 50))
+			}
+			pairs = append(pairs, p)
 		}
+		for _, p := range pairs {
+			p.close()
+			pause(every)
+		}
+		return pairs
 	}
-	for _, p := range append(leave, stay...) {
-		p.close()
-	}
-	if err := await("all to be handed over", func() bool { return len(ssFinWait2(t, []*kerneltest.Namespace{ns})) == 2*n }); err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range leave {
-		p.closeFD(&p.peer)
-	}
+
+	// ACKs are delayed: of hundreds in one softirq the kernel may skip all.
+	const n = 400
 	unknown := 0
-	for i, p := range stay {
+	for i, p := range closed(n, time.Millisecond) {
 		c := r.await(t, ns.Inode, p.flow, track.Opened, soon).Conn
 		if !c.Process.Known() {
-			unknown++ // Two that were closed had one slot of closers.
+			unknown++ // Two that were closed had one slot of closers, or the kernel skipped it.
 			continue
 		}
-		if c.Stage != events.Minisock || c.Side != events.Inbound || c.ClosedBy != events.ByClose || int(c.Process.PID) != os.Getpid() || c.Process.Name() != ownName() {
+		// The ACK of one may come in the last steps of its close().
+		if c.Stage == events.Held || c.Side != events.Inbound || c.ClosedBy != events.ByClose || int(c.Process.PID) != os.Getpid() || c.Process.Name() != ownName() {
 			t.Errorf("%s → %s is %+v", p.flow.Local, p.flow.Remote, c)
 		}
-		if !c.SinceExact || c.Since < p.closed.before || c.Since > p.closed.after.Add(exact) {
+		if !c.SinceExact || c.Since < p.closed.before || c.Since > p.closed.after.Add(delayedACK+exact) {
 			t.Errorf("%s → %s is in FIN_WAIT2 since %v (exactly: %t), was closed from %v to %v", p.flow.Local, p.flow.Remote, c.Since, c.SinceExact, p.closed.before, p.closed.after)
 		}
 		if want := []string{"TCP_LINGER2 50s", "net.ipv4.tcp_fin_timeout 60s"}[i%2]; c.Limit.Source() != want {
 			t.Errorf("its limit is by %q, want %q", c.Limit.Source(), want)
 		}
 	}
-	if unknown > n/20 {
-		t.Errorf("who closed is unknown of %d", unknown)
+
+	// Those that go between two looks, once it hits upon that.
+	r.mu.Lock()
+	cookies := events.IsCookie(r.notices[0].Conn.Cookie)
+	r.mu.Unlock()
+	for tries := 0; cookies && r.unfollowed.Load() == 0; tries++ {
+		if tries == 5 {
+			t.Fatal("none is counted of those that were not sent and are gone")
+		}
+		const brief = 200
+		there := len(ssFinWait2(t, []*kerneltest.Namespace{ns}))
+		leave := closed(brief, 0)
+		if err := await("all to be handed over", func() bool { return len(ssFinWait2(t, []*kerneltest.Namespace{ns})) >= there+brief }); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range leave {
+			p.closeFD(&p.peer)
+		}
+		looks := r.looks.Load()
+		if err := awaitFor(soon, "a look", func() bool { return r.looks.Load() > looks }); err != nil {
+			t.Fatal(err)
+		}
 	}
-	r.nextSnapshot(t, ns)
+
+	// With all of them wanted, all come at once.
+	if err := r.watch.probe.SendEveryHandover(true); err != nil {
+		t.Fatal(err)
+	}
+	before, err := r.watch.probe.Counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range closed(100, time.Millisecond) {
+		r.await(t, ns.Inode, p.flow, track.Opened, soon)
+	}
+	if after, err := r.watch.probe.Counters(); err != nil || after.Unsent != before.Unsent {
+		t.Errorf("%d are not sent, though all are wanted: %v", after.Unsent-before.Unsent, err)
+	}
+
 	r.stop()
 	kernel, counters := r.watch.counters, r.watch.tracker.Counters()
-	t.Logf("%d not sent, %d of them found by a look, %d gone before; closer unknown %d; left at once %d; corrected %d", kernel.Unsent, counters.Found, r.watch.unfollowed, unknown, kernel.Instants, counters.Corrected)
-	if cookies := events.IsCookie(r.notices[0].Conn.Cookie); cookies != (counters.Found > 0) || cookies != (r.watch.unfollowed > 0) {
+	t.Logf("%d not sent, %d of them found by a look, %d gone before; closer unknown %d; left at once %d, skipped by the kernel %d, corrected %d",
+		kernel.Unsent, counters.Found, r.watch.unfollowed, unknown, kernel.Instants, kernel.Missed, counters.Corrected)
+	if uint64(unknown) > kernel.Missed+n/20 {
+		t.Errorf("who closed is unknown of %d", unknown)
+	}
+	if (counters.Found > 0) != cookies || (kernel.Unsent > 0) != cookies {
 		t.Errorf("the kernel has cookies: %t", cookies)
 	}
 }
+
+// delayedACK is how long an ACK is put off at most (TCP_DELACK_MIN).
+const delayedACK = 40 * time.Millisecond
 
 // TestLosses: with a ring buffer much too small, losses are counted, nothing
 // stays in the table for ever, and nothing that is there is missing from it.

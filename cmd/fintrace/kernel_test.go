@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -64,6 +65,9 @@ func (m tests) Run() int {
 type recorder struct {
 	watch *watch
 	stop  func()
+	looks atomic.Int64 // that have ended
+	// unfollowed is the watch's, as of the last look.
+	unfollowed atomic.Uint64
 
 	mu      sync.Mutex
 	news    *sync.Cond
@@ -101,6 +105,10 @@ func record(t *testing.T, opts probe.Options, rules limits.Rules) *recorder {
 			r.mu.Unlock()
 		},
 		warn: func(err error) { t.Log("not looked at:", err) },
+		looked: func(time.Duration, time.Time) {
+			r.unfollowed.Store(r.watch.unfollowed)
+			r.looks.Add(1)
+		},
 	}
 	if err := r.watch.start(t.Context()); err != nil {
 		t.Fatal(err)
