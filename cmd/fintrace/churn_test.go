@@ -366,9 +366,9 @@ func churned(t *testing.T, duration time.Duration, opts probe.Options) {
 	r.stop() // It looks once more.
 
 	counters, kernel := r.watch.tracker.Counters(), r.watch.counters
-	instants := kernel.Instants - before + r.watch.unfollowed
+	untracked := kernel.Instants - before + r.watch.unfollowed
 	t.Logf("%d connections, %.0f a second: %d tracked, %d not; lost %d, skipped by the kernel %d, corrected %d",
-		load.made, float64(load.made)/duration.Seconds(), r.opened[ns.Inode], instants, kernel.Lost, kernel.Missed, counters.Corrected)
+		load.made, float64(load.made)/duration.Seconds(), r.opened[ns.Inode], untracked, kernel.Lost, kernel.Missed, counters.Corrected)
 	if kernel.Lost != 0 {
 		t.Errorf("%d records lost", kernel.Lost)
 	}
@@ -377,12 +377,12 @@ func churned(t *testing.T, duration time.Duration, opts probe.Options) {
 	// the whole: up to 0.02 % of the connections were missing when this was
 	// written. On an emulated machine, where a program is long at it, it skips
 	// some percent. Those not sent are counted for the whole host.
-	seen, made := r.opened[ns.Inode]+instants, uint64(load.made)
+	seen, made := r.opened[ns.Inode]+untracked, uint64(load.made)
 	if seen+kernel.Missed+made/1000 < made {
 		t.Errorf("%d connections were made and closed, %d seen, %d skipped", made, seen, kernel.Missed)
 	}
-	if opts.Instants && (instants != 0 || seen > made) {
-		t.Errorf("%d connections were made and closed, %d seen, %d not", made, seen, instants)
+	if opts.Instants && (untracked != 0 || seen > made) {
+		t.Errorf("%d connections were made and closed, %d seen, %d not", made, seen, untracked)
 	}
 	if counters.Entered != counters.Left+uint64(r.watch.tracker.Len()) {
 		t.Errorf("%d entered, %d left, %d are there", counters.Entered, counters.Left, r.watch.tracker.Len())

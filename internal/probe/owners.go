@@ -137,13 +137,12 @@ func (o *ownerIterator) find(state events.State, owners *Owners) error {
 		return err
 	}
 	defer files.Close()
-	var last owner // the process whose files these are
 	return readRows(files, make([]byte, rowsPerRead*ownerSize), ownerSize, func(rows []byte) error {
 		for i := 0; i < len(rows); i += ownerSize {
 			raw := (*bpfOwner)(unsafe.Pointer(&rows[i]))
-			if began := events.Time(raw.Began); last.process.PID != raw.Pid || last.began != began {
-				last = owner{process(raw.Pid, raw.Cgroup, &raw.Comm), began}
-				owners.processes = append(owners.processes, last)
+			began, n := events.Time(raw.Began), len(owners.processes)
+			if n == 0 || owners.processes[n-1].process.PID != raw.Pid || owners.processes[n-1].began != began {
+				owners.processes = append(owners.processes, owner{process(raw.Pid, raw.Cgroup, &raw.Comm), began})
 			}
 			owners.holds(raw.Inode)
 		}

@@ -51,7 +51,7 @@ type Probe struct {
 	walker   *walker        // nil: the same
 	looked   events.Time    // when the last snapshot began
 	ring     *ring
-	part     *ebpf.MapSpec // of the heirs
+	part     *ebpf.MapSpec // of the heirs; nil where all handovers are sent
 	clock    clock
 	bare     bool // without BPF: only clock is set
 }
@@ -98,9 +98,6 @@ func Open(opts Options) (_ *Probe, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the BPF object: %w", err)
 	}
-	part := spec.Maps[bpfMapHeirs].InnerMap
-	// Not the types of its keys and values, which hold on to all others.
-	p.part = &ebpf.MapSpec{Name: part.Name, Type: part.Type, KeySize: part.KeySize, ValueSize: part.ValueSize, MaxEntries: part.MaxEntries}
 	if opts.RingBytes != 0 {
 		spec.Maps[bpfMapRing].MaxEntries = uint32(opts.RingBytes)
 	}
@@ -113,7 +110,13 @@ func Open(opts Options) (_ *Probe, err error) {
 		// Where this is refused, so is the loading, which says why.
 		_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	}
-	if err := spec.Variables[bpfVarAllowance].Set(allowance(opts.EveryHandover || opts.Instants || opts.AllStates)); err != nil {
+	every := opts.EveryHandover || opts.Instants || opts.AllStates
+	if !every {
+		part := spec.Maps[bpfMapHeirs].InnerMap
+		// Not the types of its keys and values, which hold on to all others.
+		p.part = &ebpf.MapSpec{Name: part.Name, Type: part.Type, KeySize: part.KeySize, ValueSize: part.ValueSize, MaxEntries: part.MaxEntries}
+	}
+	if err := spec.Variables[bpfVarAllowance].Set(allowance(every)); err != nil {
 		return nil, fmt.Errorf("configure the BPF programs: %w", err)
 	}
 	if opts.AllStates {
@@ -124,7 +127,7 @@ func Open(opts Options) (_ *Probe, err error) {
 		if there, e := tracingHasCookie(); e != nil || there {
 			return nil, err
 		}
-		config.Before512 = 1
+		config.Before512, p.part = 1, nil
 		if err := p.load(spec, config, types); err != nil {
 			return nil, err
 		}
@@ -149,7 +152,8 @@ const handoversSent = 8
 
 // SendEveryHandover says whether all connections that become minisocks are sent, or
 // on each CPU 80 a second. Most are minisocks for milliseconds; a Snapshot shows
-// those that stay. Before Linux 5.12 all are sent.
+// those that stay. Before Linux 5.12 all are sent, and by a Probe that was opened
+// to send them.
 func (p *Probe) SendEveryHandover(every bool) error {
 	if p.bare {
 		return nil
@@ -216,6 +220,9 @@ func (p *Probe) Attach() error {
 
 // makeHeirs gives the kernel side its memory for the handovers that it does not send.
 func (p *Probe) makeHeirs() error {
+	if p.part == nil {
+		return nil
+	}
 	for i := range p.objects.Heirs.MaxEntries() {
 		part, err := ebpf.NewMap(p.part)
 		if err != nil {
