@@ -92,6 +92,7 @@ type View struct {
 	workers []*worker // the current ones first
 	byPID   map[int]*worker
 	places  []*Place // by number; 0 is none
+	kept    map[*Place]uint32
 }
 
 // worker is a process with its configuration arranged for look-ups.
@@ -128,7 +129,7 @@ type target struct {
 
 // NewView arranges what is known of the processes.
 func NewView(processes []Process) *View {
-	v := &View{byPID: map[int]*worker{}, places: []*Place{nil}}
+	v := &View{byPID: map[int]*worker{}, places: []*Place{nil}, kept: map[*Place]uint32{}}
 	for i := range processes {
 		p := &processes[i]
 		w := &worker{process: p, targets: map[netip.AddrPort][]target{}, places: map[placeKey]uint32{}}
@@ -163,6 +164,17 @@ func SamePlaces(a, b Process) bool {
 
 // Place returns the place of a number that Find returned; nil for 0.
 func (v *View) Place(number uint32) *Place { return v.places[number] }
+
+// Keep returns the number here of a place that another view has found.
+func (v *View) Keep(p *Place) uint32 {
+	n, ok := v.kept[p]
+	if !ok {
+		n = uint32(len(v.places))
+		v.places = append(v.places, p)
+		v.kept[p] = n
+	}
+	return n
+}
 
 func (w *worker) arrange() {
 	known := map[[2]string]netip.AddrPort{}

@@ -126,6 +126,7 @@ func (s *scenario) haproxy(d *datadriven.TestData, words words) (string, error) 
 	if err != nil {
 		return "", err
 	}
+	s.processes = slices.Clone(s.processes) // The view of before has the others.
 	for i := range s.processes {
 		s.processes[i].Old = true
 	}
@@ -273,6 +274,9 @@ func describe(c *Conn) string {
 	text += fmt.Sprintf(" limit=%v (%s)", c.Limit.Duration, c.Limit.Source())
 	if c.Place != nil {
 		text += fmt.Sprintf(" proxy=%s/%s", c.Place.Name(), c.Place.Server)
+		if c.Place.Process.Old {
+			text += " old"
+		}
 	}
 	if c.Process.Known() {
 		text += fmt.Sprintf(" process=%s[%d]", c.Process.Name(), c.Process.PID)

@@ -142,9 +142,10 @@ func (t *Tracker) Owner(cookie uint64) events.Process {
 // call of a method that returns some.
 func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
 	t.begin()
+	before := t.rules.HAProxy
 	t.rules = rules
 	t.slab.each(func(i index, c *conn) {
-		t.locate(c)
+		t.locate(c, before)
 		if t.relimit(i, now) {
 			t.notify(Recovered, c, now)
 		}
@@ -152,13 +153,24 @@ func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
 	return t.notices
 }
 
-// locate finds out which proxy of HAProxy c belongs to.
-func (t *Tracker) locate(c *conn) {
+// locate finds out which proxy of HAProxy c belongs to; view is the one that
+// found it before, if any did.
+func (t *Tracker) locate(c *conn, view *haproxy.View) {
 	from, flow := t.origin(c), t.flow(c)
-	c.place = t.rules.Place(from.netns, flow, c.side, from.process.PID)
-	if c.place == 0 && c.stage > events.Held && haproxy.IsName(from.process.Name()) {
-		// The worker that closed it has ended; those that have taken over have
-		// the same proxies, most often.
+	var was *haproxy.Place
+	if c.place != 0 {
+		was = view.Place(c.place)
+	}
+	pid := from.process.PID
+	c.place = t.rules.Place(from.netns, flow, c.side, pid)
+	switch now := t.rules.HAProxy; {
+	case c.place != 0 || now == nil || now.Knows(int(pid)):
+	case was != nil && was.Process.PID == int(pid):
+		// Its process has ended, and nothing is known better than before.
+		c.place = now.Keep(was)
+	case c.stage > events.Held && haproxy.IsName(from.process.Name()):
+		// The worker that closed it had ended before anybody knew it; those that have
+		// taken over have the same proxies, most often.
 		c.place = t.rules.Place(from.netns, flow, c.side, 0)
 	}
 	t.choose(c)
@@ -285,7 +297,7 @@ func (t *Tracker) enter(i index, ev *events.Event) {
 		if c.stage == events.Held && ev.Process.Known() {
 			t.setProcess(c, ev.Process)
 			c.closedBy = events.ByShutdown
-			t.locate(c)
+			t.locate(c, t.rules.HAProxy)
 		}
 		if t.relimit(i, ev.Time) {
 			t.notify(Recovered, c, ev.Time)
@@ -320,7 +332,7 @@ func (t *Tracker) close(i index, ev *events.Event) {
 	c.alive = ev.Time
 	if ev.Process.Known() {
 		t.setProcess(c, ev.Process)
-		t.locate(c)
+		t.locate(c, t.rules.HAProxy)
 	}
 	c.closedBy = events.ByClose
 	c.setTimers(ev.Timers)
@@ -443,7 +455,7 @@ func (t *Tracker) open(ev *events.Event) index {
 	c.alive = ev.Time
 	c.setTimers(ev.Timers)
 	c.side = t.sideOf(ev.Accepted, ev.Netns, ev.Flow.Local.Port)
-	t.locate(c)
+	t.locate(c, t.rules.HAProxy)
 	return i
 }
 
