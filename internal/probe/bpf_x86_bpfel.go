@@ -31,10 +31,11 @@ type bpfCloser struct {
 	_       structs.HostLayout
 	Socket  uint64
 	Check   uint64
+	Mark    uint64
 	Cgroup  uint64
 	Comm    [2]uint64
 	Pid     uint32
-	Padding [5]uint32
+	Padding [3]uint32
 }
 
 type bpfConfig struct {
@@ -46,14 +47,16 @@ type bpfConfig struct {
 	Padding        uint8
 }
 
-type bpfCounters struct {
+type bpfCpu struct {
 	_        structs.HostLayout
 	Lost     uint64
 	Instants uint64
 	Unsent   uint64
 	Entered  uint64
-	Window   uint64
-	Allowed  uint64
+	Turn     uint64
+	Allowed  uint32
+	Hz       uint32
+	Who      bpfCloser
 }
 
 type bpfEvent struct {
@@ -146,22 +149,22 @@ type bpfScratch struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	bpfMapBatches       = "batches"
-	bpfMapClosers       = "closers"
-	bpfMapCounts        = "counts"
-	bpfMapHeirs         = "heirs"
-	bpfMapKnown         = "known"
-	bpfMapRing          = "ring"
-	bpfMapScratches     = "scratches"
-	bpfProgOnAnyState   = "on_any_state"
-	bpfProgOnSetState   = "on_set_state"
-	bpfProgOwners       = "owners"
-	bpfProgSnapshot     = "snapshot"
-	bpfProgWalk         = "walk"
-	bpfVarAllowance     = "allowance"
-	bpfVarConfig        = "config"
-	bpfVarOwnedState    = "owned_state"
-	bpfVarTimeWaitSince = "time_wait_since"
+	bpfMapBatches               = "batches"
+	bpfMapClosers               = "closers"
+	bpfMapCpus                  = "cpus"
+	bpfMapHeirs                 = "heirs"
+	bpfMapKnown                 = "known"
+	bpfMapRing                  = "ring"
+	bpfMapScratches             = "scratches"
+	bpfProgOnSetState           = "on_set_state"
+	bpfProgOnSetStateConfigured = "on_set_state_configured"
+	bpfProgOwners               = "owners"
+	bpfProgSnapshot             = "snapshot"
+	bpfProgWalk                 = "walk"
+	bpfVarAllowance             = "allowance"
+	bpfVarConfig                = "config"
+	bpfVarOwnedState            = "owned_state"
+	bpfVarTimeWaitSince         = "time_wait_since"
 )
 
 // loadBpf returns the embedded CollectionSpec for bpf.
@@ -206,11 +209,11 @@ type bpfSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfProgramSpecs struct {
-	OnAnyState *ebpf.ProgramSpec `ebpf:"on_any_state"`
-	OnSetState *ebpf.ProgramSpec `ebpf:"on_set_state"`
-	Owners     *ebpf.ProgramSpec `ebpf:"owners"`
-	Snapshot   *ebpf.ProgramSpec `ebpf:"snapshot"`
-	Walk       *ebpf.ProgramSpec `ebpf:"walk"`
+	OnSetState           *ebpf.ProgramSpec `ebpf:"on_set_state"`
+	OnSetStateConfigured *ebpf.ProgramSpec `ebpf:"on_set_state_configured"`
+	Owners               *ebpf.ProgramSpec `ebpf:"owners"`
+	Snapshot             *ebpf.ProgramSpec `ebpf:"snapshot"`
+	Walk                 *ebpf.ProgramSpec `ebpf:"walk"`
 }
 
 // bpfMapSpecs contains maps before they are loaded into the kernel.
@@ -219,7 +222,7 @@ type bpfProgramSpecs struct {
 type bpfMapSpecs struct {
 	Batches   *ebpf.MapSpec `ebpf:"batches"`
 	Closers   *ebpf.MapSpec `ebpf:"closers"`
-	Counts    *ebpf.MapSpec `ebpf:"counts"`
+	Cpus      *ebpf.MapSpec `ebpf:"cpus"`
 	Heirs     *ebpf.MapSpec `ebpf:"heirs"`
 	Known     *ebpf.MapSpec `ebpf:"known"`
 	Ring      *ebpf.MapSpec `ebpf:"ring"`
@@ -258,7 +261,7 @@ func (o *bpfObjects) Close() error {
 type bpfMaps struct {
 	Batches   *ebpf.Map `ebpf:"batches"`
 	Closers   *ebpf.Map `ebpf:"closers"`
-	Counts    *ebpf.Map `ebpf:"counts"`
+	Cpus      *ebpf.Map `ebpf:"cpus"`
 	Heirs     *ebpf.Map `ebpf:"heirs"`
 	Known     *ebpf.Map `ebpf:"known"`
 	Ring      *ebpf.Map `ebpf:"ring"`
@@ -269,7 +272,7 @@ func (m *bpfMaps) Close() error {
 	return _BpfClose(
 		m.Batches,
 		m.Closers,
-		m.Counts,
+		m.Cpus,
 		m.Heirs,
 		m.Known,
 		m.Ring,
@@ -291,17 +294,17 @@ type bpfVariables struct {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfPrograms struct {
-	OnAnyState *ebpf.Program `ebpf:"on_any_state"`
-	OnSetState *ebpf.Program `ebpf:"on_set_state"`
-	Owners     *ebpf.Program `ebpf:"owners"`
-	Snapshot   *ebpf.Program `ebpf:"snapshot"`
-	Walk       *ebpf.Program `ebpf:"walk"`
+	OnSetState           *ebpf.Program `ebpf:"on_set_state"`
+	OnSetStateConfigured *ebpf.Program `ebpf:"on_set_state_configured"`
+	Owners               *ebpf.Program `ebpf:"owners"`
+	Snapshot             *ebpf.Program `ebpf:"snapshot"`
+	Walk                 *ebpf.Program `ebpf:"walk"`
 }
 
 func (p *bpfPrograms) Close() error {
 	return _BpfClose(
-		p.OnAnyState,
 		p.OnSetState,
+		p.OnSetStateConfigured,
 		p.Owners,
 		p.Snapshot,
 		p.Walk,

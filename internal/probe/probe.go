@@ -22,7 +22,7 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-O2 -g -Wall -Werror" -target amd64,arm64 -type event -type row -type owner bpf ../../bpf/fintrace.bpf.c
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-O2 -g -mcpu=v3 -Wall -Werror" -target amd64,arm64 -type event -type row -type owner bpf ../../bpf/fintrace.bpf.c
 
 // Options choose what the kernel side reports.
 type Options struct {
@@ -61,7 +61,7 @@ type objects struct {
 	OnSetState *ebpf.Program `ebpf:"on_set_state"`
 	Snapshot   *ebpf.Program `ebpf:"snapshot"`
 	Ring       *ebpf.Map     `ebpf:"ring"`
-	Counts     *ebpf.Map     `ebpf:"counts"`
+	CPUs       *ebpf.Map     `ebpf:"cpus"`
 	Heirs      *ebpf.Map     `ebpf:"heirs"`
 
 	TimeWaitSince *ebpf.Variable `ebpf:"time_wait_since"`
@@ -69,7 +69,7 @@ type objects struct {
 }
 
 func (o *objects) close() error {
-	return errors.Join(o.OnSetState.Close(), o.Snapshot.Close(), o.Ring.Close(), o.Counts.Close(), o.Heirs.Close())
+	return errors.Join(o.OnSetState.Close(), o.Snapshot.Close(), o.Ring.Close(), o.CPUs.Close(), o.Heirs.Close())
 }
 
 // Counters are totals since Open, over all namespaces.
@@ -119,8 +119,8 @@ func Open(opts Options) (_ *Probe, err error) {
 	if err := spec.Variables[bpfVarAllowance].Set(allowance(every)); err != nil {
 		return nil, fmt.Errorf("configure the BPF programs: %w", err)
 	}
-	if opts.AllStates {
-		spec.Programs[bpfProgOnSetState] = spec.Programs[bpfProgOnAnyState]
+	if opts.AllStates || opts.Instants {
+		spec.Programs[bpfProgOnSetState] = spec.Programs[bpfProgOnSetStateConfigured]
 	}
 	types := btf.NewCache() // The kernel's are many: they are read once.
 	if err := p.load(spec, config, types); err != nil {
@@ -128,6 +128,7 @@ func Open(opts Options) (_ *Probe, err error) {
 			return nil, err
 		}
 		config.Before512, p.part = 1, nil
+		spec.Programs[bpfProgOnSetState] = spec.Programs[bpfProgOnSetStateConfigured]
 		if err := p.load(spec, config, types); err != nil {
 			return nil, err
 		}
@@ -151,8 +152,8 @@ func Open(opts Options) (_ *Probe, err error) {
 const handoversSent = 8
 
 // SendEveryHandover says whether all connections that become minisocks are sent, or
-// on each CPU 80 a second. Most are minisocks for milliseconds; a Snapshot shows
-// those that stay. Before Linux 5.12 all are sent, and by a Probe that was opened
+// on each CPU 80 a second, from a tenth of a second later on. Most are minisocks for
+// milliseconds; a Snapshot shows those that stay. Before Linux 5.12 all are sent, and by a Probe that was opened
 // to send them.
 func (p *Probe) SendEveryHandover(every bool) error {
 	if p.bare {
@@ -290,8 +291,8 @@ func (p *Probe) Counters() (Counters, error) {
 	if p.bare {
 		return Counters{}, nil
 	}
-	var perCPU []bpfCounters
-	if err := p.objects.Counts.Lookup(uint32(0), &perCPU); err != nil {
+	var perCPU []bpfCpu
+	if err := p.objects.CPUs.Lookup(uint32(0), &perCPU); err != nil {
 		return Counters{}, fmt.Errorf("read the counters: %w", err)
 	}
 	var c Counters
