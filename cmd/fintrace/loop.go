@@ -226,8 +226,8 @@ func (w *watch) due(now events.Time) bool {
 }
 
 // nextSnapshot is as soon as it is needed, but so that snapshots take a bounded
-// share of a processor: a hundredth where something is in doubt, a thousandth to
-// see minisocks end, which no event shows. On a busy host a snapshot lasts many
+// share of a processor: a hundredth where something is in doubt, a two thousandth
+// to see minisocks end, which no event shows. On a busy host a snapshot lasts many
 // times what it costs: by the clock they would stop when they are needed most.
 func (w *watch) nextSnapshot() events.Time {
 	wait := reconcileEvery
@@ -238,7 +238,7 @@ func (w *watch) nextSnapshot() events.Time {
 	case w.counters.Lost+w.counters.Missed > w.losses, w.tracker.WantsSnapshot():
 		wait = min(doubtfulAtMost, max(time.Second, 100*w.cost))
 	case w.tracker.Count(events.Minisock) > 0, w.counters.Unsent > w.unsent:
-		wait = min(wait, max(2*time.Second, 1000*w.cost))
+		wait = min(wait, max(2*time.Second, 2000*w.cost))
 	}
 	return w.ended.Add(wait)
 }
