@@ -24,8 +24,6 @@ enum {
 	SOCKET_BYTES = 1 << 11, /* no more than a struct tcp_sock has */
 };
 
-#define SPREAD 0x9e3779b97f4a7c15 /* 2^64 by the golden ratio */
-
 struct config {
 	__u32 hz;	      /* jiffies per second */
 	__u8 all_states;      /* send every transition, not only FIN_WAIT2's */
@@ -94,18 +92,17 @@ struct row {
 /*
  * Who sent our FIN, kept from FIN_WAIT1 (process context) until FIN_WAIT2
  * (softirq, where the current task is a bystander). A slot of an array, found
- * by the socket's address and taken from whoever has it: a hash table costs
- * several times as much here. Another socket may take it meanwhile, then the
- * closer is unknown, never wrong.
+ * by the socket's address and written unseen: a hash table costs several times
+ * as much here, and so does waiting for what the slot had. Another socket may
+ * take it meanwhile, then the closer is unknown, never wrong.
  */
 struct closer {
 	__u64 socket; /* see identify() */
 	__u64 check;
-	__u64 mark; /* of the process, its css_set and the cgroup: see read_closer() */
 	__u64 cgroup;
 	__u64 comm[COMM_LEN / 8];
 	__u32 pid;
-	__u32 padding[3]; /* to a cache line */
+	__u32 padding[5]; /* to a cache line */
 };
 
 /*
@@ -232,18 +229,6 @@ static __always_inline __u64 checksum(__u64 socket, __u64 cgroup, const __u64 *c
 	return socket ^ cgroup ^ comm[0] ^ comm[1] ^ pid;
 }
 
-/*
- * The lower half of an address. Of a pointer's bits the verifier lets a program
- * see the 32-bit difference alone (adjust_ptr_min_max_vals(), kernel/bpf/verifier.c).
- */
-static __always_inline __u32 low_half(const void *pointer)
-{
-	__u32 half;
-
-	asm("r0 = %1; w0 -= 0; %0 = r0" : "=r"(half) : "r"(pointer) : "r0");
-	return half;
-}
-
 /* Writes the current process into c, as another CPU may do at the same time. */
 static __always_inline void read_closer(struct closer *c, __u64 socket, enum mode mode)
 {
@@ -260,24 +245,12 @@ static __always_inline void read_closer(struct closer *c, __u64 socket, enum mod
 	} else {
 		/* Its own loads cost less than calls of helpers. */
 		const struct task_struct *task = bpf_get_current_task_btf();
-		const struct task_struct *leader = task->group_leader;
-		const __u64 *name = (const void *)leader->comm;
-		__u64 mark;
+		const __u64 *name = (const void *)task->group_leader->comm;
 
+		cgroup = task->cgroups->dfl_cgrp->kn->id;
 		pid = task->tgid;
 		comm[0] = name[0];
 		comm[1] = name[1];
-		/*
-		 * The cgroup's id is on the last of three pages that nothing else
-		 * here needs: a process that is in the css_set it was in when it
-		 * was last in this slot is still in that cgroup.
-		 */
-		mark = ((__u64)low_half(leader) << 32 | low_half(task->cgroups)) + pid * SPREAD;
-		cgroup = *(volatile __u64 *)&c->cgroup;
-		if ((c->mark ^ cgroup) != mark) {
-			cgroup = task->cgroups->dfl_cgrp->kn->id;
-			c->mark = mark ^ cgroup;
-		}
 	}
 	c->socket = socket;
 	c->check = checksum(socket, cgroup, comm, pid);
@@ -285,6 +258,18 @@ static __always_inline void read_closer(struct closer *c, __u64 socket, enum mod
 	c->comm[0] = comm[0];
 	c->comm[1] = comm[1];
 	c->pid = pid;
+}
+
+/*
+ * The lower half of an address. Of a pointer's bits the verifier lets a program
+ * see the 32-bit difference alone (adjust_ptr_min_max_vals(), kernel/bpf/verifier.c).
+ */
+static __always_inline __u32 low_half(const void *pointer)
+{
+	__u32 half;
+
+	asm("r0 = %1; w0 -= 0; %0 = r0" : "=r"(half) : "r"(pointer) : "r0");
+	return half;
 }
 
 /* Tells a socket from others that have had its memory: by its hash, of both ends. */
@@ -415,8 +400,10 @@ static __noinline int send(struct sock *sk, struct tcp_sock *tp, int old_state, 
 }
 
 /* The changes that only a system call makes, so that the current task is the one who did it. */
-static __always_inline bool in_process_context(int old_state, int new_state)
+static __always_inline bool in_process_context(int old_state, int new_state, enum mode mode)
 {
+	if (mode == USUAL) /* To FIN_WAIT2 or from it: from it to it. */
+		return old_state == new_state;
 	return new_state == TCP_FIN_WAIT1 || new_state == TCP_LAST_ACK ||
 	       new_state == TCP_SYN_SENT || new_state == TCP_LISTEN ||
 	       (old_state == TCP_FIN_WAIT2 && new_state == TCP_FIN_WAIT2);
@@ -522,7 +509,7 @@ static __always_inline int changed(struct sock *sk, int old_state, int new_state
 	if (!tp)
 		return 0;
 
-	if (in_process_context(old_state, new_state)) {
+	if (in_process_context(old_state, new_state, mode)) {
 		read_closer(&here->who, 0, mode);
 		known = true;
 	} else if (new_state == TCP_FIN_WAIT2) {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -484,6 +485,70 @@ func TestUnsent(t *testing.T) {
 	}
 	if (counters.Found > 0) != cookies || (kernel.Unsent > 0) != cookies {
 		t.Errorf("the kernel has cookies: %t", cookies)
+	}
+}
+
+// TestCgroups: a connection is of the cgroup that its process was in when it closed
+// it, also where the one before with its memory was closed elsewhere.
+func TestCgroups(t *testing.T) {
+	kerneltest.Require(t)
+	root := t.TempDir()
+	if err := unix.Mount("none", root, "cgroup2", 0, ""); err != nil {
+		t.Fatal("mount cgroup2:", err)
+	}
+	defer func() {
+		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+			t.Error("unmount cgroup2:", err)
+		}
+	}()
+	enter := func(dir string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, home, _ := strings.Cut(string(text), "0::")
+	home, _, _ = strings.Cut(home, "\n")
+	var dirs [2]string
+	for i := range dirs {
+		dirs[i] = filepath.Join(root, fmt.Sprintf("fintrace-test-%d-%d", os.Getpid(), addresses.Add(1)))
+		if err := os.Mkdir(dirs[i], 0o755); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := await("the cgroup to be empty", func() bool { return os.Remove(dirs[i]) == nil }); err != nil {
+				t.Error(err)
+			}
+		}()
+	}
+	defer enter(filepath.Join(root, home))
+
+	ns := kerneltest.NewNamespace(t)
+	r := record(t, probe.Options{EveryHandover: true}, limits.Rules{})
+	for round := range 6 {
+		dir := dirs[round%len(dirs)]
+		enter(dir)
+		var st unix.Stat_t
+		if err := unix.Stat(dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		var pairs []*pair
+		for range 20 {
+			p := connect(t, ns, events.Inbound, ipv4)
+			p.close()
+			pairs = append(pairs, p)
+		}
+		for _, p := range pairs {
+			c := r.await(t, ns.Inode, p.flow, track.Opened, soon).Conn
+			if c.Process.Known() && c.Process.Cgroup != st.Ino {
+				t.Errorf("closed in cgroup %d, and its record says %d", st.Ino, c.Process.Cgroup)
+			}
+			p.closeFD(&p.peer)
+		}
 	}
 }
 

@@ -31,11 +31,10 @@ type bpfCloser struct {
 	_       structs.HostLayout
 	Socket  uint64
 	Check   uint64
-	Mark    uint64
 	Cgroup  uint64
 	Comm    [2]uint64
 	Pid     uint32
-	Padding [3]uint32
+	Padding [5]uint32
 }
 
 type bpfConfig struct {

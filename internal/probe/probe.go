@@ -22,7 +22,7 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-O2 -g -mcpu=v3 -Wall -Werror" -target amd64,arm64 -type event -type row -type owner bpf ../../bpf/fintrace.bpf.c
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-Os -g -mcpu=v3 -Wall -Werror" -target amd64,arm64 -type event -type row -type owner bpf ../../bpf/fintrace.bpf.c
 
 // Options choose what the kernel side reports.
 type Options struct {
