@@ -178,6 +178,9 @@ type trespass struct {
 // before and after it watches, and says what came of it.
 func trespassing() {
 	runtime.GOMAXPROCS(4)
+	// The other process goes with the thread that starts it: with one that ends for
+	// having traced it, were it that.
+	runtime.LockOSThread()
 	dir := os.Args[1]
 	other, err := os.StartProcess("/bin/sleep", []string{"sleep", "60"}, &os.ProcAttr{Sys: &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}})
 	if err != nil {
@@ -188,6 +191,7 @@ func trespassing() {
 	try := func(thread string) (done []trespass) {
 		for _, t := range trespasses {
 			told := trespass{Thread: thread, Name: t.name}
+			var err error
 			ended := make(chan error)
 			if t.name == "trace a process" && thread == "before" {
 				go func() { ended <- t.do(dir, other.Pid) }() // It keeps its thread.
