@@ -613,7 +613,7 @@ static __always_inline void describe(struct row *r, const struct sock_common *sk
 	read_addresses(skc, r->local, r->remote);
 }
 
-/* Fills what is known of a minisock's handover, if that was not sent: after describe_minisock(). */
+/* Fills what is known of a minisock's handover, if that was not sent: after all else of the row. */
 static __always_inline void describe_heir(struct row *r)
 {
 	const struct heir *there = heir_slot(r->cookie);

@@ -152,9 +152,9 @@ func Open(opts Options) (_ *Probe, err error) {
 const handoversSent = 8
 
 // SendEveryHandover says whether all connections that become minisocks are sent, or
-// on each CPU 80 a second, from a tenth of a second later on. Most are minisocks for
-// milliseconds; a Snapshot shows those that stay. Before Linux 5.12 all are sent, and by a Probe that was opened
-// to send them.
+// on each CPU 80 a second, within a tenth of a second from now on. Most are minisocks
+// for milliseconds; a Snapshot shows those that stay. A Probe that was opened to send
+// all goes on to, and so does each before Linux 5.12.
 func (p *Probe) SendEveryHandover(every bool) error {
 	if p.bare {
 		return nil

@@ -97,7 +97,7 @@ func (t *Tracker) refresh(i index, s *events.Socket) {
 		if c.closedBy == 0 {
 			c.closedBy = events.ByShutdown
 		}
-		t.locate(c, t.rules.HAProxy)
+		t.locate(c)
 		if t.relimit(i, s.Time) {
 			t.notify(Recovered, c, s.Time)
 		}
@@ -198,7 +198,7 @@ func (t *Tracker) seed(s *events.Socket) {
 	t.setStage(c, s.Stage)
 	c.side = t.sideOf(s.Accepted, s.Netns, s.Flow.Local.Port)
 	c.alive, c.inode = s.Time, uint32(s.Inode)
-	t.locate(c, t.rules.HAProxy)
+	t.locate(c)
 	c.setTimers(s.Timers)
 	if c.stage == events.Held && s.Process.Known() {
 		c.closedBy = events.ByShutdown

@@ -145,7 +145,7 @@ func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
 	before := t.rules.HAProxy
 	t.rules = rules
 	t.slab.each(func(i index, c *conn) {
-		t.locate(c, before)
+		t.relocate(c, before)
 		if t.relimit(i, now) {
 			t.notify(Recovered, c, now)
 		}
@@ -153,13 +153,15 @@ func (t *Tracker) SetRules(rules limits.Rules, now events.Time) []Notice {
 	return t.notices
 }
 
-// locate finds out which proxy of HAProxy c belongs to; view is the one that
-// found it before, if any did.
-func (t *Tracker) locate(c *conn, view *haproxy.View) {
+// locate finds out which proxy of HAProxy c belongs to.
+func (t *Tracker) locate(c *conn) { t.relocate(c, t.rules.HAProxy) }
+
+// relocate is locate where c has its place, if any, in the view of before.
+func (t *Tracker) relocate(c *conn, before *haproxy.View) {
 	from, flow := t.origin(c), t.flow(c)
 	var was *haproxy.Place
 	if c.place != 0 {
-		was = view.Place(c.place)
+		was = before.Place(c.place)
 	}
 	pid := from.process.PID
 	c.place = t.rules.Place(from.netns, flow, c.side, pid)
@@ -297,7 +299,7 @@ func (t *Tracker) enter(i index, ev *events.Event) {
 		if c.stage == events.Held && ev.Process.Known() {
 			t.setProcess(c, ev.Process)
 			c.closedBy = events.ByShutdown
-			t.locate(c, t.rules.HAProxy)
+			t.locate(c)
 		}
 		if t.relimit(i, ev.Time) {
 			t.notify(Recovered, c, ev.Time)
@@ -332,7 +334,7 @@ func (t *Tracker) close(i index, ev *events.Event) {
 	c.alive = ev.Time
 	if ev.Process.Known() {
 		t.setProcess(c, ev.Process)
-		t.locate(c, t.rules.HAProxy)
+		t.locate(c)
 	}
 	c.closedBy = events.ByClose
 	c.setTimers(ev.Timers)
@@ -455,7 +457,7 @@ func (t *Tracker) open(ev *events.Event) index {
 	c.alive = ev.Time
 	c.setTimers(ev.Timers)
 	c.side = t.sideOf(ev.Accepted, ev.Netns, ev.Flow.Local.Port)
-	t.locate(c, t.rules.HAProxy)
+	t.locate(c)
 	return i
 }
 
