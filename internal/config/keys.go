@@ -286,7 +286,7 @@ func username(s string) (string, error) {
 }
 
 func serverName(s string) (string, error) {
-	if !hostName.MatchString(s) {
+	if !isHostName(s) {
 		return "", fmt.Errorf("%s is no name of a host", quote(s))
 	}
 	return s, nil

@@ -369,7 +369,11 @@ func runtimeSocket(s string) (string, error) {
 	return s, nil
 }
 
-var hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?$`)
+var hostLetters = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?$`)
+
+// isHostName leaves the length out of the expression, to compile which each start of
+// the program would take milliseconds.
+func isHostName(s string) bool { return len(s) <= 253 && hostLetters.MatchString(s) }
 
 // address parses host:port to listen on; port 0 is any that is free.
 func address(s string) (string, error) {
@@ -380,7 +384,7 @@ func address(s string) (string, error) {
 	if _, err := port(service); err != nil && service != "0" {
 		return "", fmt.Errorf("%s has no port from 0 to 65535", quote(s))
 	}
-	if _, err := netip.ParseAddr(host); err != nil && host != "" && (!hostName.MatchString(host) || strings.Trim(host, "0123456789.") == "") {
+	if _, err := netip.ParseAddr(host); err != nil && host != "" && (!isHostName(host) || strings.Trim(host, "0123456789.") == "") {
 		return "", fmt.Errorf("%s has no address before the port; write one such as 127.0.0.1 or [::1]", quote(s))
 	}
 	return s, nil
