@@ -618,7 +618,7 @@ func TestAside(t *testing.T) {
 	defer p.Close()
 	asked, turns := make(chan func()), make(chan struct{})
 	w := &watch{
-		probe: p, tracker: track.New(limits.Rules{}, 1), asked: asked, running: true,
+		probe: p, tracker: track.New(limits.Rules{}, 1, nil), asked: asked, running: true,
 		haproxies: &haproxies{},
 		turn: func(now events.Time) events.Time {
 			select {

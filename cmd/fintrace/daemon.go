@@ -158,7 +158,7 @@ func (d *daemon) run(ctx context.Context, s prepared) (err error) {
 	d.asked = make(chan func())
 	d.watch = &watch{
 		probe:     p,
-		tracker:   track.New(limits.Rules{}, track.DefaultCapacity),
+		tracker:   track.New(limits.Rules{}, track.DefaultCapacity, hugePages()),
 		haproxies: &haproxies{},
 		onEvent:   func(*events.Event) { d.records++ },
 		notify:    d.notice,

@@ -54,7 +54,7 @@ func many(t testing.TB, alerts, each int) (*daemon, []alert.Change) {
 	}
 
 	now := probe.Now()
-	table := track.New(limits.Rules{HAProxy: haproxy.NewView(processes)}, alerts*each)
+	table := track.New(limits.Rules{HAProxy: haproxy.NewView(processes)}, alerts*each, nil)
 	var changes []alert.Change
 	for i := range alerts {
 		c := alert.Change{Alert: &alert.Alert{ID: fmt.Sprint(i), Advice: []report.Finding{{ID: "before"}}}}

@@ -93,7 +93,7 @@ func (d *diagnosing) run(ctx context.Context) (diagnosis report.Diagnosis, err e
 	d.evidence.Sampled = p.Bare()
 	d.watch = &watch{
 		probe:     p,
-		tracker:   track.New(limits.Rules{}, track.DefaultCapacity),
+		tracker:   track.New(limits.Rules{}, track.DefaultCapacity, hugePages()),
 		haproxies: d.haproxies,
 		notify:    func(*track.Notice) {},
 		warn:      d.unlooked,
@@ -260,13 +260,18 @@ func (d *diagnosing) tables(netns uint32, before, after map[string]int64) {
 
 // closeWait adds the sockets in CLOSE_WAIT, each with its holder and its proxy.
 func (d *diagnosing) closeWait(sockets []events.Socket) {
-	if hidden := d.watch.probe.Owners(sockets); hidden != nil {
+	inodes := make([]uint64, len(sockets))
+	for i := range sockets {
+		inodes[i] = sockets[i].Inode
+	}
+	owners, hidden := d.watch.probe.Owners(events.CloseWait, inodes)
+	if hidden != nil {
 		d.unlooked(hidden)
 	}
 	rules := limits.Rules{HAProxy: d.haproxies.view}
 	for i := range sockets {
 		s := &sockets[i]
-		c := report.CloseWait{Netns: s.Netns, Flow: s.Flow, Side: events.Outbound, Process: s.Process}
+		c := report.CloseWait{Netns: s.Netns, Flow: s.Flow, Side: events.Outbound, Process: owners.Of(s.Inode)}
 		if d.watch.tracker.Listening(s.Netns, s.Flow.Local.Port) {
 			c.Side = events.Inbound
 		}

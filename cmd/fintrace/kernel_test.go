@@ -89,7 +89,7 @@ func record(t *testing.T, opts probe.Options, rules limits.Rules) *recorder {
 	r.news = sync.NewCond(&r.mu)
 	r.watch = &watch{
 		probe:     p,
-		tracker:   track.New(rules, track.DefaultCapacity),
+		tracker:   track.New(rules, track.DefaultCapacity, hugePages()),
 		rules:     rules,
 		haproxies: &haproxies{},
 		notify: func(n *track.Notice) {

@@ -89,7 +89,7 @@ func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxi
 	defer func() { err = errors.Join(err, p.Close()) }()
 	w := &watch{
 		probe:     p,
-		tracker:   track.New(rules, track.DefaultCapacity),
+		tracker:   track.New(rules, track.DefaultCapacity, hugePages()),
 		rules:     rules,
 		haproxies: haproxies,
 		notify:    func(*track.Notice) {},

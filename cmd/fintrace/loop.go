@@ -272,9 +272,8 @@ func (w *watch) drain() error {
 	return err
 }
 
-// reconcile looks at all sockets. The held ones that nobody is known to hold are
-// told to the tracker last, with their processes, so that each connection is
-// complete when it is first spoken of.
+// reconcile looks at all sockets, and for the processes of held ones whose is not
+// known: each connection is complete when it is first spoken of.
 func (w *watch) reconcile(ctx context.Context) error {
 	// Read before: what is lost from now on may be lost on this snapshot too.
 	if err := w.check(probe.Now()); err != nil {
@@ -283,9 +282,9 @@ func (w *watch) reconcile(ctx context.Context) error {
 	losses, unsent := w.counters.Lost+w.counters.Missed, w.counters.Unsent
 	began, spent := probe.Now(), processorTime()
 	var (
-		unowned [][]events.Socket
-		cov     events.Coverage
-		err     error
+		owners *probe.Owners
+		cov    events.Coverage
+		err    error
 	)
 	w.tracker.BeginSnapshot(began)
 	drained := w.aside(ctx, func(inLoop func(func() error)) {
@@ -296,30 +295,34 @@ func (w *watch) reconcile(ctx context.Context) error {
 				w.tracker.Cookies(show)
 				return drained
 			})
-		}
-		// At first, when none is known, all owners are found before: what is held need
-		// not be kept until they are.
-		owners := new(probe.Owners)
-		if w.ended == 0 {
-			owners, _ = w.probe.AllOwners(events.FinWait2) // Who is not found is looked for again.
+			inLoop(nothing)
 		}
 		cov, err = w.probe.Snapshot(known, func(sockets []events.Socket) {
 			inLoop(func() error {
 				drained := w.drain()
 				for i := range sockets {
-					if s := &sockets[i]; s.Stage == events.Held {
-						s.Process = owners.Of(s.Inode)
-					}
 					w.haproxies.noticed(sockets[i].Process)
 				}
-				owned, without := w.divide(sockets)
-				unowned = append(unowned, without)
-				w.each(w.tracker.Observe(owned))
+				w.each(w.tracker.Observe(sockets))
 				return drained
 			})
 		})
-		if hidden := w.probe.Owners(unowned...); hidden != nil {
-			cov.Skipped = append(cov.Skipped, hidden.Error())
+		owners = w.probe.FirstOwners()
+		var unowned []uint64
+		inLoop(func() error {
+			w.tracker.Unowned(func(inode uint64) {
+				if !owners.Of(inode).Known() {
+					unowned = append(unowned, inode)
+				}
+			})
+			return nil
+		})
+		inLoop(nothing)
+		if len(unowned) > 0 {
+			var hidden error
+			if owners, hidden = w.probe.Owners(events.FinWait2, unowned); hidden != nil {
+				cov.Skipped = append(cov.Skipped, hidden.Error())
+			}
 		}
 	})
 	if err := errors.Join(drained, w.drain()); err != nil {
@@ -328,8 +331,11 @@ func (w *watch) reconcile(ctx context.Context) error {
 	if err != nil {
 		return w.unlooked(err)
 	}
-	for _, sockets := range unowned {
-		w.each(w.tracker.Observe(sockets))
+	for said := w.tracker.Own(owners.Of); len(said) > 0; said = w.tracker.Own(owners.Of) {
+		for i := range said {
+			w.haproxies.noticed(said[i].Conn.Process)
+		}
+		w.each(said)
 	}
 	w.skipped = cov.Skipped
 	w.warnOf(cov.Skipped)
@@ -361,32 +367,6 @@ func (w *watch) reconcile(ctx context.Context) error {
 	return nil
 }
 
-// divide parts sockets into those that are held by somebody not known, in memory
-// of their own, and the others.
-func (w *watch) divide(sockets []events.Socket) (others, without []events.Socket) {
-	unknown := func(s *events.Socket) bool {
-		return s.Stage == events.Held && !s.Process.Known() && !w.tracker.Owner(s.Cookie).Known()
-	}
-	n := 0
-	for i := range sockets {
-		if unknown(&sockets[i]) {
-			n++
-		}
-	}
-	if n == 0 {
-		return sockets, nil
-	}
-	others, without = sockets[:0], make([]events.Socket, 0, n)
-	for i := range sockets {
-		if s := &sockets[i]; unknown(s) {
-			without = append(without, *s)
-		} else {
-			others = append(others, *s)
-		}
-	}
-	return others, without
-}
-
 // unlooked is for a snapshot that could not be taken, for want of a descriptor or
 // of memory: what is in the table stays there, and it is tried again soon. Without
 // a first one there is nothing to go on with.
@@ -403,17 +383,14 @@ func (w *watch) unlooked(err error) error {
 
 // aside does work on a goroutine of its own: to walk a million sockets takes
 // seconds where the processors are busy. The loop goes on meanwhile, with all but
-// what a snapshot is for. What work gives to its argument is done by the loop's
-// goroutine before that returns; the first of the errors of all this is returned.
+// what a snapshot is for. What work gives to its argument is begun by the loop's
+// goroutine when that returns, and done when the next call does, which may be of
+// nothing, or aside; the first of the errors of all this is returned.
 func (w *watch) aside(ctx context.Context, work func(inLoop func(func() error))) (err error) {
-	steps, ended := make(chan func()), make(chan struct{})
+	steps, ended := make(chan func() error), make(chan struct{})
 	go func() {
 		defer close(ended)
-		work(func(step func() error) {
-			done := make(chan struct{})
-			steps <- func() { defer close(done); err = cmp.Or(err, step()) }
-			<-done
-		})
+		work(func(step func() error) { steps <- step })
 	}()
 	tick := time.NewTicker(batchDelay)
 	defer tick.Stop()
@@ -426,7 +403,7 @@ func (w *watch) aside(ctx context.Context, work func(inLoop func(func() error)))
 		case <-ended:
 			return err
 		case step := <-steps:
-			step()
+			err = cmp.Or(err, step())
 		case do := <-asked:
 			do()
 		case found := <-running:
@@ -448,6 +425,8 @@ func (w *watch) aside(ctx context.Context, work func(inLoop func(func() error)))
 		}
 	}
 }
+
+func nothing() error { return nil }
 
 // processorTime is what this process has had so far.
 func processorTime() time.Duration {

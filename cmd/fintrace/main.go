@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -31,11 +30,7 @@ type env struct {
 }
 
 func main() {
-	if _, set := os.LookupEnv("GOGC"); !set {
-		// The table has no pointers, and events make no garbage: to collect it
-		// often costs little, and not to costs memory.
-		debug.SetGCPercent(25)
-	}
+	startHeap()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// A second Ctrl-C ends at once.

@@ -5,7 +5,9 @@ package main
 import (
 	"os"
 	"runtime"
+	"slices"
 	"testing"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -49,4 +51,30 @@ func TestGiveBack(t *testing.T) {
 	}
 	giveBack()
 	runtime.GC()
+}
+
+// TestHugePages: what a table is given is zeroed, and nobody else's.
+func TestHugePages(t *testing.T) {
+	memory := hugePages()
+	var all [][]byte
+	for _, bytes := range []int{2048, 4096, 128 << 10, 1 << 20, 128 << 10, 4 << 20, 128 << 10, 2 << 20, 64 << 10} {
+		given := memory(bytes)
+		if len(given) != bytes || uintptr(unsafe.Pointer(unsafe.SliceData(given)))%8 != 0 {
+			t.Fatalf("%d bytes at %p, want %d", len(given), given, bytes)
+		}
+		if slices.ContainsFunc(given, func(b byte) bool { return b != 0 }) {
+			t.Fatalf("of %d bytes not all are zero", bytes)
+		}
+		for i := range given {
+			given[i] = byte(len(all) + 1)
+		}
+		all = append(all, given)
+	}
+	for n, given := range all {
+		for i := range given {
+			if given[i] != byte(n+1) {
+				t.Fatalf("byte %d of the memory given as number %d is that of number %d", i, n+1, given[i])
+			}
+		}
+	}
 }

@@ -111,7 +111,7 @@ func (t *tracing) run(ctx context.Context) (err error) {
 	warned := map[string]bool{}
 	t.watch = &watch{
 		probe:     p,
-		tracker:   track.New(t.rules, track.DefaultCapacity),
+		tracker:   track.New(t.rules, track.DefaultCapacity, hugePages()),
 		rules:     t.rules,
 		haproxies: t.haproxies,
 		notify:    t.seeding,

@@ -104,7 +104,7 @@ snapshot that shows each connection, in reads of %d rows.`, trackerRounds, track
 func runTracker(r trackerRequest) (c trackerCost, err error) {
 	n := uint64(r.Connections)
 	before := heap()
-	t := track.New(limits.Rules{}, track.DefaultCapacity)
+	t := track.New(limits.Rules{}, track.DefaultCapacity, nil)
 	var ev events.Event
 	for i := range n {
 		enter(&ev, i)

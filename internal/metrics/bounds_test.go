@@ -404,7 +404,7 @@ func BenchmarkScrape(b *testing.B) {
 	for _, format := range []struct{ name, accept string }{{"text", text}, {"protobuf", protobuf}} {
 		for _, n := range []int{0, 1_000_000} {
 			b.Run(fmt.Sprintf("table/%d/%s", n, format.name), func(b *testing.B) {
-				tracker := track.New(limits.Rules{}, n+1)
+				tracker := track.New(limits.Rules{}, n+1, nil)
 				for i := range n {
 					ev := events.Event{Cookie: uint64(i + 1), Netns: 1, Old: events.FinWait1, New: events.FinWait2, Accepted: true, Timers: minute, SndShut: true}
 					ev.Flow.Local.Port = 443

@@ -51,43 +51,48 @@ func newOwnerIterator(spec *ebpf.CollectionSpec, kernel *btf.Cache) (*ownerItera
 	return &ownerIterator{iterator, objects.State}, nil
 }
 
-// Owners fills in the processes that hold the sockets, which are all in one state.
-// A socket that several processes hold is given to the one that began first: the
+// Owners are the processes that hold the sockets of these inodes, which are all in one
+// state. A socket that several processes hold is given to the one that began first: the
 // others have inherited it, for good or until they run another program. Those whose
 // process is not found, or may not be seen, have none; the error says, in one line,
 // what could not be looked at.
-func (p *Probe) Owners(sockets ...[]events.Socket) error {
-	var state events.State
-	wanted := map[uint64]bool{}
-	for _, some := range sockets {
-		for i := range some {
-			state = some[i].State
-			wanted[some[i].Inode] = true
-		}
+func (p *Probe) Owners(state events.State, inodes []uint64) (*Owners, error) {
+	switch {
+	case len(inodes) == 0:
+		return new(Owners), nil
+	case p.owners == nil:
+		return findOwners(inodes)
 	}
-	if len(wanted) == 0 {
-		return nil
-	}
-	find := func() (*Owners, error) { return p.AllOwners(state) }
-	if p.owners == nil {
-		find = func() (*Owners, error) { return findOwners(wanted) }
-	}
-	owners, err := find()
-	for _, some := range sockets {
-		for i := range some {
-			some[i].Process = owners.Of(some[i].Inode)
-		}
-	}
-	return err
+	return p.allOwners(state)
 }
 
-// AllOwners are the processes that hold the sockets in a state. Where the kernel has
-// no iterator of files there are none.
-func (p *Probe) AllOwners(state events.State) (*Owners, error) {
-	owners := &Owners{numbers: map[uint64]uint32{}}
-	if p.owners == nil {
-		return owners, nil
+// FirstOwners are those of the connections that were in FIN_WAIT2 while the Probe was
+// opened, given once: to go through all files takes as long as to load the programs.
+// Who could not be looked at, or all where the kernel has no iterator of files, is
+// for Owners.
+func (p *Probe) FirstOwners() *Owners {
+	if p.first == nil {
+		return new(Owners)
 	}
+	owners := <-p.first
+	p.first = nil
+	return owners
+}
+
+// findFirstOwners begins to look for them.
+func (p *Probe) findFirstOwners() {
+	if p.owners == nil {
+		return
+	}
+	p.first = make(chan *Owners, 1)
+	go func() {
+		owners, _ := p.allOwners(events.FinWait2)
+		p.first <- owners
+	}()
+}
+
+func (p *Probe) allOwners(state events.State) (*Owners, error) {
+	owners := &Owners{numbers: map[uint64]uint32{}}
 	if err := p.owners.find(state, owners); err != nil {
 		return owners, fmt.Errorf("who holds a connection: %w", err)
 	}
@@ -150,10 +155,14 @@ func (o *ownerIterator) find(state events.State, owners *Owners) error {
 	})
 }
 
-// findOwners looks through /proc/PID/fd for those of wanted sockets, where the kernel
-// has no such iterator.
-func findOwners(wanted map[uint64]bool) (*Owners, error) {
+// findOwners looks through /proc/PID/fd for the sockets of inodes, where the kernel has
+// no such iterator.
+func findOwners(inodes []uint64) (*Owners, error) {
 	owners := &Owners{numbers: map[uint64]uint32{}}
+	wanted := map[uint64]bool{}
+	for _, inode := range inodes {
+		wanted[inode] = true
+	}
 	hidden := false
 	for _, pid := range pids() {
 		dir, err := openProcess(pid)

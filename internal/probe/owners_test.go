@@ -76,13 +76,21 @@ func TestOwners(t *testing.T) {
 		}
 		defer p.Close()
 		for state := range ends {
-			sockets := [][]events.Socket{{{State: state, Inode: 1}}, {}, {{State: state, Inode: 2}, {State: state, Inode: inode(state)}}}
-			if err := p.Owners(sockets...); err != nil {
+			held := inode(state)
+			owners, err := p.Owners(state, []uint64{1, held})
+			if err != nil {
 				t.Fatal(err)
 			}
-			if got := sockets[2][1].Process; got != own || sockets[0][0].Process.Known() {
-				t.Errorf("%s: the socket in %s is held by %+v, want %+v; one that is not there by %+v", name, state, got, own, sockets[0][0].Process)
+			if got := owners.Of(held); got != own || owners.Of(1).Known() {
+				t.Errorf("%s: the socket in %s is held by %+v, want %+v; one that is not there by %+v", name, state, got, own, owners.Of(1))
 			}
+		}
+		want := own
+		if p.owners == nil {
+			want = events.Process{}
+		}
+		if got := p.FirstOwners().Of(inode(events.FinWait2)); got != want {
+			t.Errorf("%s: the first owner of the socket in FIN_WAIT2 is %+v, want %+v", name, got, want)
 		}
 	}
 }

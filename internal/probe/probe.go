@@ -48,6 +48,7 @@ type Probe struct {
 	attached link.Link
 	iterator *link.Iter
 	owners   *ownerIterator // nil: the kernel lacks what it takes
+	first    chan *Owners   // what FirstOwners gives; nil: nothing
 	walker   *walker        // nil: the same
 	looked   events.Time    // when the last snapshot began
 	ring     *ring
@@ -80,8 +81,9 @@ type Counters struct {
 	Unsent   uint64 // connections that became minisocks, and were not sent as there were very many: a Snapshot shows those that stay
 }
 
-// Open loads the programs. Attach starts the records; Snapshot works without.
-// An error is one line that says what is missing and how to get it.
+// Open loads the programs. Attach starts the records; Snapshot works without. It
+// begins the look for FirstOwners. An error is one line that says what is missing
+// and how to get it.
 func Open(opts Options) (_ *Probe, err error) {
 	clock, err := prepare()
 	if err != nil {
@@ -123,6 +125,12 @@ func Open(opts Options) (_ *Probe, err error) {
 		spec.Programs[bpfProgOnSetState] = spec.Programs[bpfProgOnSetStateConfigured]
 	}
 	types := btf.NewCache() // The kernel's are many: they are read once.
+	if !opts.Plain {
+		if p.owners, err = newOwnerIterator(spec, types); err != nil {
+			return nil, err
+		}
+		p.findFirstOwners()
+	}
 	if err := p.load(spec, config, types); err != nil {
 		if there, e := tracingHasCookie(); e != nil || there {
 			return nil, err
@@ -139,9 +147,6 @@ func Open(opts Options) (_ *Probe, err error) {
 	}
 	if opts.Plain {
 		return p, nil
-	}
-	if p.owners, err = newOwnerIterator(spec, types); err != nil {
-		return nil, err
 	}
 	p.walker, err = newWalker(spec, types, p.objects.Heirs)
 	return p, err
@@ -246,6 +251,7 @@ func (p *Probe) Close() error {
 		errs = append(errs, p.iterator.Close())
 	}
 	if p.owners != nil {
+		p.FirstOwners() // None is looked for any more.
 		errs = append(errs, p.owners.iterator.Close())
 	}
 	if p.walker != nil {
@@ -261,7 +267,8 @@ func (p *Probe) Close() error {
 }
 
 // Ready receives when records are waiting that come after a Drain which has found
-// none. The kernel wakes it once for any number of them until they are drained.
+// none, and when a CPU has sent some hundred since it was last woken for it. The
+// kernel wakes it once for any number of the former until they are drained.
 func (p *Probe) Ready() <-chan struct{} {
 	if p.ring == nil {
 		return nil
@@ -271,7 +278,8 @@ func (p *Probe) Ready() <-chan struct{} {
 
 // Drain calls fn for each waiting record; before Attach there is none. The Event
 // is reused. Where some says that there were any, Ready is silent about those
-// that follow: whoever drains again after a little while is not woken meanwhile.
+// that follow, while they are few: whoever drains again after a little while is not
+// woken meanwhile.
 func (p *Probe) Drain(fn func(*events.Event)) (some bool, err error) {
 	if p.ring == nil {
 		return false, nil

@@ -22,12 +22,15 @@ import (
 // buffer for it holds some 200 rows.
 const rowsPerRead = 512
 
+// socketsAtOnce is how many are handed on at once.
+const socketsAtOnce = 512
+
 // Snapshot walks the TCP sockets of every network namespace and calls fn with
 // the listeners, the connections in FIN_WAIT2, and those minisocks that went
 // from FIN_WAIT2 to TIME_WAIT since the last Snapshot and whose cookies known
 // names; it may be called with some others. The listeners of a namespace come
-// before its connections. The slice is reused. What could not be looked at is in
-// the Coverage; the error is for when nothing could.
+// before its connections. A slice stays as it is until the next call of fn returns.
+// What could not be looked at is in the Coverage; the error is for when nothing could.
 func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.Socket)) (events.Coverage, error) {
 	cov := events.Coverage{Begin: Now(), Netns: map[uint32]events.NetnsCounters{}}
 	spaces, err := findNamespaces()
@@ -35,7 +38,8 @@ func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.
 		return cov, err
 	}
 	l := look{Probe: p, spaces: &spaces, lookup: Lookup{spaces: &spaces}, fn: fn,
-		tables: map[uint64]bool{}, strangers: map[uint32]bool{}, sockets: make([]events.Socket, 0, mostRows)}
+		tables: map[uint64]bool{}, strangers: map[uint32]bool{},
+		sockets: make([]events.Socket, 0, socketsAtOnce), before: make([]events.Socket, 0, socketsAtOnce)}
 	defer l.lookup.Close()
 	if err := l.begin(known, cov.Begin); err != nil {
 		return cov, err
@@ -86,7 +90,8 @@ type look struct {
 
 	tables    map[uint64]bool // those that the walker has been through
 	strangers map[uint32]bool // the namespaces of connections that have no cookie yet
-	sockets   []events.Socket // reused
+	sockets   []events.Socket
+	before    []events.Socket // those that fn was called with last
 	bytes     []byte          // reused
 }
 
@@ -138,22 +143,35 @@ func (l *look) walk() error {
 		return err
 	}
 	err = l.walker.walk(func(rows []bpfRow) {
-		l.sockets = l.sockets[:0]
 		for i := range rows {
 			r := &rows[i]
 			if r.Cookie == 0 && events.State(r.State) == events.FinWait2 {
 				l.strangers[r.Netns] = true
 				continue
 			}
-			l.sockets = append(l.sockets, events.Socket{})
-			l.clock.socket(r, &l.sockets[len(l.sockets)-1])
+			l.clock.socket(r, l.next())
 		}
-		if len(l.sockets) > 0 {
-			l.fn(l.sockets)
-		}
+		l.handOn()
 	})
 	l.tables[table] = err == nil
 	return err
+}
+
+// next is the place of one more socket.
+func (l *look) next() *events.Socket {
+	if len(l.sockets) == cap(l.sockets) {
+		l.handOn()
+	}
+	l.sockets = append(l.sockets, events.Socket{})
+	return &l.sockets[len(l.sockets)-1]
+}
+
+// handOn calls fn with the sockets.
+func (l *look) handOn() {
+	if len(l.sockets) > 0 {
+		l.fn(l.sockets)
+		l.sockets, l.before = l.before[:0], l.sockets
+	}
 }
 
 // iterate has the iterator go through a namespace: it gives the connections there
@@ -173,16 +191,12 @@ func (l *look) iterate(inode uint32) error {
 		l.bytes = make([]byte, rowsPerRead*rowSize)
 	}
 	err = readRows(sockets, l.bytes, rowSize, func(rows []byte) error {
-		l.sockets = l.sockets[:0]
 		for i := 0; i < len(rows); i += rowSize {
-			l.sockets = append(l.sockets, events.Socket{})
-			if err := l.clock.decodeRow(rows[i:i+rowSize], &l.sockets[len(l.sockets)-1]); err != nil {
+			if err := l.clock.decodeRow(rows[i:i+rowSize], l.next()); err != nil {
 				return err
 			}
 		}
-		if len(l.sockets) > 0 {
-			l.fn(l.sockets)
-		}
+		l.handOn()
 		return nil
 	})
 	if err != nil {

@@ -47,10 +47,11 @@ func TestCloseWait(t *testing.T) {
 			if len(sockets) != 1 || sockets[0].Flow != want || sockets[0].Netns != ns.Inode || sockets[0].State != events.CloseWait {
 				t.Fatalf("%+v, want %+v", sockets, want)
 			}
-			if err := new(Probe).Owners(sockets); err != nil {
+			owners, err := new(Probe).Owners(events.CloseWait, []uint64{sockets[0].Inode})
+			if err != nil {
 				t.Error(err)
 			}
-			if owner := sockets[0].Process; int(owner.PID) != os.Getpid() {
+			if owner := owners.Of(sockets[0].Inode); int(owner.PID) != os.Getpid() {
 				t.Errorf("it is held by %d, want %d", owner.PID, os.Getpid())
 			}
 			// The client's end is a minisock once the ACK of its FIN has come.

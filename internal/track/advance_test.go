@@ -15,7 +15,7 @@ import (
 func TestSeenPastLimit(t *testing.T) {
 	const limit = time.Minute
 	for age, want := range map[time.Duration]int{limit - time.Second: 1, 2 * limit: 0, time.Hour: 0} {
-		tracker := New(limits.Rules{}, 10)
+		tracker := New(limits.Rules{}, 10, nil)
 		now := boot.Add(2 * time.Hour)
 		tracker.BeginSnapshot(now)
 		tracker.Observe([]events.Socket{{Time: now, Cookie: 1, Netns: 1, State: events.FinWait2, Stage: events.Held,

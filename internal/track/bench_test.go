@@ -34,7 +34,7 @@ func leaving(ev events.Event, at events.Time) events.Event {
 
 // filled is a tracker of n held connections.
 func filled(n int) *Tracker {
-	t := New(limits.Rules{}, n+1)
+	t := New(limits.Rules{}, n+1, nil)
 	for i := range n {
 		ev := entry(uint64(i+1), boot.Add(time.Duration(i)*time.Microsecond))
 		t.Apply(&ev)

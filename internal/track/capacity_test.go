@@ -16,7 +16,7 @@ import (
 func TestOldestStay(t *testing.T) {
 	const capacity, sockets = 1000, 5000
 	order := rand.New(rand.NewPCG(1, 2))
-	tracker := New(limits.Rules{}, capacity)
+	tracker := New(limits.Rules{}, capacity, nil)
 	now := boot.Add(time.Duration(sockets) * time.Second)
 	// The cookie is the age in seconds.
 	rows := make([]events.Socket, sockets)

@@ -46,6 +46,7 @@ type conn struct {
 	unsplit  bool // how long it was held, and how long closed, is not known
 	overdue  bool
 	oddTimer bool // the minisock's timer is not what the settings say
+	unsaid   bool // no notice has been given of it yet: its process is looked for
 }
 
 func (c *conn) timers() events.Timers {

@@ -306,7 +306,7 @@ func TestTrackerAgainstModel(t *testing.T) {
 }
 
 func againstModel(t *rapid.T) {
-	r := &run{t: t, tracker: New(limits.Rules{}, 1000), byID: map[uint64]*history{}, now: boot}
+	r := &run{t: t, tracker: New(limits.Rules{}, 1000, nil), byID: map[uint64]*history{}, now: boot}
 	r.loss = rapid.SampledFrom([]int{0, 0, 10, 50, 90}).Draw(t, "loss")
 	r.shuffle = rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
 	stamps := rapid.Bool().Draw(t, "stamps")
@@ -416,6 +416,10 @@ func (r *run) snapshot() {
 		r.check(r.tracker.Observe(rows))
 	}
 	cov := events.Coverage{Begin: began, End: r.now, Netns: map[uint32]events.NetnsCounters{1: {}}}
+	nobody := func(uint64) events.Process { return events.Process{} }
+	for said := r.tracker.Own(nobody); len(said) > 0; said = r.tracker.Own(nobody) {
+		r.check(said)
+	}
 	r.check(r.tracker.EndSnapshot(cov, func(uint32, events.Flow) bool { return false }, nil))
 	// What was there throughout is in the table, and what was gone before is not.
 	for _, h := range r.conns {

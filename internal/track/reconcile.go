@@ -27,11 +27,13 @@ func (t *Tracker) BeginSnapshot(now events.Time) {
 	t.pass++
 	t.began = now
 	t.doubtful = false
+	t.unowned = false
 	clear(t.ended)
 }
 
-// Observe takes sockets of the running snapshot. The notices are valid until
-// the next call of a method that returns some.
+// Observe takes sockets of the running snapshot. Of a held one whose process is not
+// known nothing is said before Own. The notices are valid until the next call of a
+// method that returns some.
 func (t *Tracker) Observe(sockets []events.Socket) []Notice {
 	t.begin()
 	for n := range sockets {
@@ -92,14 +94,12 @@ func (c *conn) closing() bool { return c.stage == events.Held && c.closedBy == e
 // refresh brings a connection up to date with what a snapshot shows of it.
 func (t *Tracker) refresh(i index, s *events.Socket) {
 	c := t.slab.at(i)
-	if s.Process.Known() && !t.origin(c).process.Known() {
-		t.setProcess(c, s.Process)
-		if c.closedBy == 0 {
-			c.closedBy = events.ByShutdown
-		}
-		t.locate(c)
-		if t.relimit(i, s.Time) {
-			t.notify(Recovered, c, s.Time)
+	if !t.origin(c).process.Known() {
+		switch {
+		case s.Process.Known():
+			t.own(i, s.Process, s.Time)
+		case c.stage == events.Held && s.Stage == events.Held:
+			c.inode, t.unowned = uint32(s.Inode), true
 		}
 	}
 	if s.Time <= c.alive {
@@ -112,6 +112,7 @@ func (t *Tracker) refresh(i index, s *events.Socket) {
 		t.refreshLimit(i, s)
 	case s.Stage > c.stage:
 		// The record of its closing was lost, or of the handover.
+		t.say(c, seen)
 		t.counters.Corrected++
 		if c.closing() {
 			c.closed = seen
@@ -200,15 +201,74 @@ func (t *Tracker) seed(s *events.Socket) {
 	c.alive, c.inode = s.Time, uint32(s.Inode)
 	t.locate(c)
 	c.setTimers(s.Timers)
-	if c.stage == events.Held && s.Process.Known() {
-		c.closedBy = events.ByShutdown
-	}
 	c.since, c.inexact = since, inexact
 	if c.stage != events.Held {
 		t.dateClosed(c, s, 0)
 	}
 	t.arm(i)
+	if c.stage == events.Held {
+		c.unsaid, t.unowned = true, true
+		return
+	}
 	t.notify(Opened, c, s.Time)
+}
+
+// Unowned calls fn with the inode of each held connection of the running snapshot
+// whose process is not known.
+func (t *Tracker) Unowned(fn func(inode uint64)) {
+	if !t.unowned {
+		return
+	}
+	t.slab.each(func(_ index, c *conn) {
+		if t.lacksOwner(c) {
+			fn(uint64(c.inode))
+		}
+	})
+}
+
+func (t *Tracker) lacksOwner(c *conn) bool {
+	return c.stage == events.Held && c.alive >= t.began && !t.origin(c).process.Known()
+}
+
+// ownedAtOnce is how many connections Own says something of in one call.
+const ownedAtOnce = 512
+
+// Own gives those connections their processes: owner says who holds the socket of an
+// inode. It does some at a time, until it returns nothing. The notices are valid until
+// the next call of a method that returns some.
+func (t *Tracker) Own(owner func(inode uint64) events.Process) []Notice {
+	t.begin()
+	for ; t.unowned && len(t.notices) < ownedAtOnce; t.owned++ {
+		if t.owned >= t.slab.made {
+			t.unowned, t.owned = false, 0
+			break
+		}
+		i := t.owned + 1
+		c := t.slab.at(i)
+		if c.stage == 0 {
+			continue
+		}
+		if t.lacksOwner(c) {
+			if p := owner(uint64(c.inode)); p.Known() {
+				t.own(i, p, c.alive)
+			}
+		}
+		t.say(c, c.alive)
+	}
+	return t.notices
+}
+
+// own is for a connection whose process becomes known.
+func (t *Tracker) own(i index, p events.Process, now events.Time) {
+	c := t.slab.at(i)
+	t.setProcess(c, p)
+	if c.closedBy == 0 {
+		c.closedBy = events.ByShutdown
+	}
+	t.locate(c)
+	if t.relimit(i, now) {
+		t.notify(Recovered, c, now)
+	}
 }
 
 // displace makes room in a full table for a connection that has been there since

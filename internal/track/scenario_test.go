@@ -40,14 +40,15 @@ const boot = events.Time(24 * time.Hour)
 // A scenario is a tracker and what its file has said so far.
 type scenario struct {
 	tracker   *Tracker
-	now       events.Time       // as the last command has it
-	cov       events.Coverage   // of the running snapshot
-	processes []haproxy.Process // that run
+	now       events.Time               // as the last command has it
+	cov       events.Coverage           // of the running snapshot
+	processes []haproxy.Process         // that run
+	owners    map[uint64]events.Process // by the inodes of the sockets that they hold
 	rules     limits.Rules
 }
 
 func newScenario() *scenario {
-	return &scenario{tracker: New(limits.Rules{}, 100), now: boot}
+	return &scenario{tracker: New(limits.Rules{}, 100, nil), now: boot, owners: map[uint64]events.Process{}}
 }
 
 // run runs one command. Durations have units; every time counts from the start.
@@ -87,7 +88,7 @@ func (s *scenario) run(d *datadriven.TestData) (string, error) {
 	switch d.Cmd {
 	case "new":
 		s.now, s.processes, s.rules = boot, nil, limits.Rules{}
-		s.tracker = New(limits.Rules{Held: words.duration("held", 0)}, words.number("capacity", 100))
+		s.tracker = New(limits.Rules{Held: words.duration("held", 0)}, words.number("capacity", 100), nil)
 		return "", nil
 	case "enter", "close", "leave":
 		states := map[string][2]events.State{
@@ -190,6 +191,10 @@ func (s *scenario) observe(rows string) (string, error) {
 		if err != nil {
 			return "", err
 		}
+		if p := words.process(); row.Stage == events.Held && p.Known() {
+			row.Inode, row.Process = uint64(1000+p.PID), events.Process{}
+			s.owners[row.Inode] = p
+		}
 		sockets = append(sockets, row)
 	}
 	return s.print(s.tracker.Observe(sockets)), nil
@@ -203,7 +208,8 @@ func (s *scenario) end(words words) string {
 			s.cov.Netns[uint32(n)] = events.NetnsCounters{TimeWaitOverflow: uint64(words.number("overflow", 0))}
 		}
 	}
-	return s.print(s.tracker.EndSnapshot(s.cov, func(uint32, events.Flow) bool { return words.is("reused") },
+	said := s.print(s.tracker.Own(func(inode uint64) events.Process { return s.owners[inode] }))
+	return said + s.print(s.tracker.EndSnapshot(s.cov, func(uint32, events.Flow) bool { return words.is("reused") },
 		func(p events.Process, inode uint64, _ events.Time) bool {
 			return int(p.PID) != words.number("gone", 0) && (inode == 0 || int(inode) != words.number("given_up", 0))
 		}))

@@ -2,17 +2,27 @@
 
 package track
 
+import "unsafe"
+
 // An index names a connection of a slab; 0 names none.
 type index uint32
 
 const chunkBits = 10
 
+type chunk [1 << chunkBits]conn
+
+// A Memory gives as many bytes as it is asked for, zeroed and aligned for a uint64,
+// for good. Connections have no pointers: it need not be of Go's heap.
+type Memory func(bytes int) []byte
+
 // A slab holds connections at addresses that stay, in chunks, so that a growing
 // table is never copied and the garbage collector has nothing to follow.
 type slab struct {
-	chunks []*[1 << chunkBits]conn
-	free   index // a list through conn.next
-	made   index // indices handed out so far
+	memory Memory // nil: Go's heap
+	chunks []*chunk
+	spare  []*chunk // not used yet
+	free   index    // a list through conn.next
+	made   index    // indices handed out so far
 }
 
 func (s *slab) at(i index) *conn { return &s.chunks[i>>chunkBits][i&(1<<chunkBits-1)] }
@@ -27,9 +37,37 @@ func (s *slab) take() index {
 	}
 	s.made++
 	if int(s.made>>chunkBits) == len(s.chunks) {
-		s.chunks = append(s.chunks, new([1 << chunkBits]conn))
+		s.chunks = append(s.chunks, s.more())
 	}
 	return s.made
+}
+
+func (s *slab) more() *chunk {
+	if last := len(s.spare) - 1; last >= 0 {
+		c := s.spare[last]
+		s.spare = s.spare[:last]
+		return c
+	}
+	return &memory[chunk](s.memory, 1)[0]
+}
+
+// reuse takes a table's entries as chunks.
+func (s *slab) reuse(entries []tableEntry) {
+	clear(entries)
+	n := len(entries) * int(unsafe.Sizeof(tableEntry{})) / int(unsafe.Sizeof(chunk{}))
+	chunks := unsafe.Slice((*chunk)(unsafe.Pointer(unsafe.SliceData(entries))), n)
+	for i := range chunks {
+		s.spare = append(s.spare, &chunks[i])
+	}
+}
+
+// memory makes n zeroed values that have no pointers.
+func memory[T any](from Memory, n int) []T {
+	if from == nil {
+		return make([]T, n)
+	}
+	bytes := from(n * int(unsafe.Sizeof(*new(T))))
+	return unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(bytes))), n)
 }
 
 func (s *slab) give(i index) {

@@ -63,16 +63,17 @@ func (t *table) get(s *slab, cookie uint64) (index, bool) {
 // add is for a connection that is not in it.
 func (t *table) add(s *slab, i index) {
 	if t.count >= len(t.entries)/4*3 {
-		t.grow()
+		t.grow(s)
 	}
 	cookie := s.at(i).cookie
 	t.entries[t.find(s, cookie)] = tableEntry{hashOf(cookie), i}
 	t.count++
 }
 
-func (t *table) grow() {
+// grow doubles it. What it has had is for connections from then on.
+func (t *table) grow(s *slab) {
 	before := t.entries
-	t.entries = make([]tableEntry, max(2*len(before), leastEntries))
+	t.entries = memory[tableEntry](s.memory, max(2*len(before), leastEntries))
 	for _, e := range before {
 		if e.index == 0 {
 			continue
@@ -83,6 +84,7 @@ func (t *table) grow() {
 		}
 		t.entries[at] = e
 	}
+	s.reuse(before)
 }
 
 // remove takes out the connection that has a cookie, which is in it. What follows

@@ -5,8 +5,12 @@ package track
 import (
 	"sync"
 	"testing"
+	"time"
+	"unsafe"
 
 	"pgregory.net/rapid"
+
+	"github.com/fintrace/fintrace/internal/limits"
 )
 
 // A table is what a map is, with cookies whose entries collide.
@@ -69,3 +73,29 @@ var colliding = sync.OnceValue(func() (found []uint64) {
 	}
 	return found
 })
+
+// What has been a smaller table is used for connections: a table that has grown takes
+// no more memory than one that was made as large.
+func TestMemory(t *testing.T) {
+	const n = 110_000 // The last growth is some time ago.
+	given := 0
+	tracker := New(limits.Rules{}, n, func(bytes int) []byte {
+		given += bytes
+		return make([]byte, bytes)
+	})
+	for i := range n {
+		ev := entry(uint64(i+1), boot.Add(time.Duration(i)))
+		tracker.Apply(&ev)
+	}
+	for i := range n {
+		if c, there := tracker.Get(uint64(i+1), boot); !there || c.Since != boot.Add(time.Duration(i)) {
+			t.Fatalf("connection %d is %+v", i+1, c)
+		}
+	}
+	const chunkBytes = int(unsafe.Sizeof(chunk{}))
+	entries := len(tracker.table.entries) * int(unsafe.Sizeof(tableEntry{}))
+	// Tables smaller than a chunk are not.
+	if most := entries + (n>>chunkBits+1)*chunkBytes + chunkBytes; given > most {
+		t.Errorf("%d bytes of memory, want %d at most", given, most)
+	}
+}

@@ -79,6 +79,8 @@ type Tracker struct {
 	doubtful  bool                // only a snapshot can tell
 	listeners map[listener]uint32 // by the pass that saw them last
 	overflow  map[uint32]uint64   // TCPTimeWaitOverflow as last seen, by namespace
+	unowned   bool                // the running snapshot has shown a held one whose process is not known
+	owned     index               // how far Own has come
 	picked    uint64              // pseudo-random, for displace
 }
 
@@ -88,9 +90,11 @@ type listener struct {
 }
 
 // New makes an empty table of at most capacity connections. Where there are more,
-// events are turned away, and of what a snapshot shows the oldest are taken.
-func New(rules limits.Rules, capacity int) *Tracker {
+// events are turned away, and of what a snapshot shows the oldest are taken. The
+// connections are kept in memory; nil is Go's heap.
+func New(rules limits.Rules, capacity int, memory Memory) *Tracker {
 	return &Tracker{
+		slab:      slab{memory: memory},
 		rules:     rules,
 		capacity:  capacity,
 		origins:   origins{numbers: map[origin]uint32{}},
@@ -127,15 +131,6 @@ func (t *Tracker) Get(cookie uint64, now events.Time) (Conn, bool) {
 		return Conn{}, false
 	}
 	return t.view(t.slab.at(i), now), true
-}
-
-// Owner is the process of a connection; not known if the connection is not.
-func (t *Tracker) Owner(cookie uint64) events.Process {
-	i, ok := t.table.get(&t.slab, cookie)
-	if !ok {
-		return events.Process{}
-	}
-	return t.origin(t.slab.at(i)).process
 }
 
 // SetRules replaces the rules, as of now. The notices are valid until the next
@@ -258,6 +253,9 @@ func (t *Tracker) Apply(ev *events.Event) []Notice {
 	i, known := t.table.get(&t.slab, ev.Cookie)
 	if known && t.succeeds(i, ev) {
 		i = 0
+	}
+	if i != 0 {
+		t.say(t.slab.at(i), ev.Time)
 	}
 	switch {
 	case ev.Old == events.FinWait1 && ev.New == events.FinWait2:
@@ -528,6 +526,7 @@ func (t *Tracker) passLimit(c *conn, now events.Time) {
 	if c.overdue {
 		return
 	}
+	t.say(c, now)
 	c.overdue = true
 	t.notify(Overdue, c, now)
 }
@@ -557,6 +556,7 @@ func (t *Tracker) relimit(i index, now events.Time) (recovered bool) {
 // end takes a connection out of the table.
 func (t *Tracker) end(i index, at events.Time, end events.End, exact bool) {
 	c := t.slab.at(i)
+	t.say(c, at)
 	v := t.view(c, at)
 	v.End, v.EndExact = end, exact
 	t.notices = append(t.notices, Notice{Kind: Closed, Time: at, Conn: v})
@@ -585,6 +585,14 @@ func (t *Tracker) setStage(c *conn, stage events.Stage) {
 	c.stage = stage
 	t.stages[stage]++
 	t.choose(c)
+}
+
+// say speaks of a connection for the first time, if that is still to be done.
+func (t *Tracker) say(c *conn, at events.Time) {
+	if c.unsaid {
+		c.unsaid = false
+		t.notify(Opened, c, at)
+	}
 }
 
 func (t *Tracker) notify(kind Kind, c *conn, at events.Time) {
