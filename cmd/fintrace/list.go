@@ -44,7 +44,15 @@ func listCommand(e env) *cobra.Command {
 		haproxies.netns = filter.Netns
 		buffered := bufio.NewWriter(e.stdout)
 		out := json.NewEncoder(report.JSONWriter(buffered))
-		conns, total, err := listConnections(cmd.Context(), rules, haproxies, filter, func(err error) {
+		listing := report.NewListing(e.style())
+		asText := !*asJSON && len(keys) == 0
+		found, err := listConnections(cmd.Context(), rules, haproxies, func(c *track.Conn) bool {
+			selected := filter.Selects(c)
+			if selected && asText {
+				listing.Add(c)
+			}
+			return selected
+		}, func(err error) {
 			e.notLookedAt(err)
 			if *asJSON {
 				// Were stdout closed, the connections would say so too.
@@ -54,37 +62,43 @@ func listCommand(e env) *cobra.Command {
 		if err := errors.Join(err, buffered.Flush()); err != nil {
 			return err
 		}
-		if len(conns) == 0 && !*asJSON {
-			if total == 0 {
+		if found.Len() == 0 && !*asJSON {
+			if found.total == 0 {
 				fmt.Fprintln(e.stderr, "No connection is in FIN_WAIT2.")
 			} else {
-				fmt.Fprintf(e.stderr, "No connection in FIN_WAIT2 matches the filters; %d do not.\n", total)
+				fmt.Fprintf(e.stderr, "No connection in FIN_WAIT2 matches the filters; %d do not.\n", found.total)
 			}
 			return nil
 		}
 		switch {
 		case len(keys) > 0:
-			return printGroups(e, keys, report.GroupBy(conns, keys), *asJSON)
+			return printGroups(e, keys, report.GroupBy(found.All(), keys), *asJSON)
 		case *asJSON:
 			names, now := names(), probe.Now()
-			for i := range conns {
-				if err := out.Encode(report.NewRecord("", now, &conns[i], names)); err != nil {
+			for c := range found.All() {
+				if err := out.Encode(report.NewRecord("", now, c, names)); err != nil {
 					return err
 				}
 			}
 			return buffered.Flush()
 		}
-		return report.List(e.stdout, conns, e.style())
+		return listing.Print(e.stdout, found.All())
 	}
 	return cmd
 }
 
-// listConnections returns the selected connections, the oldest first, and how
-// many there are in all. Unlooked is told what could not be looked at.
-func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxies, filter *track.Filter, unlooked func(error)) (conns []track.Conn, total int, err error) {
+// listed is what listConnections has found.
+type listed struct {
+	track.Order
+	total int // also of what is not selected
+}
+
+// listConnections finds the connections that selected takes. Unlooked is told what
+// could not be looked at.
+func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxies, selected func(*track.Conn) bool, unlooked func(error)) (_ listed, err error) {
 	p, err := openOrBare(unlooked)
 	if err != nil {
-		return nil, 0, err
+		return listed{}, err
 	}
 	defer func() { err = errors.Join(err, p.Close()) }()
 	w := &watch{
@@ -96,18 +110,10 @@ func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxi
 		warn:      unlooked,
 	}
 	if err := w.seed(ctx); err != nil {
-		return nil, 0, err
+		return listed{}, err
 	}
 	w.catchUp()
-	now := probe.Now()
-	conns = make([]track.Conn, 0, w.tracker.Len())
-	w.tracker.All(now, func(c *track.Conn) {
-		if filter.Selects(c) {
-			conns = append(conns, *c)
-		}
-	})
-	report.SortOldest(conns)
-	return conns, w.tracker.Len(), nil
+	return listed{w.tracker.Oldest(probe.Now(), selected), w.tracker.Len()}, nil
 }
 
 func printGroups(e env, keys []string, groups []report.Group, asJSON bool) error {

@@ -62,10 +62,11 @@ func TestJiffiesWrap(t *testing.T) {
 	// As one who comes now finds them.
 	for _, p := range []*pair{held, minisock, plain, orphan} {
 		filter := &track.Filter{Match: limits.Match{Netns: []uint32{p.ns.Inode}}}
-		conns, _, err := listConnections(t.Context(), limits.Rules{}, &haproxies{}, filter, func(err error) { t.Log("not looked at:", err) })
-		if err != nil || len(conns) != 1 {
-			t.Fatalf("%d connections are listed: %v", len(conns), err)
+		found, err := listConnections(t.Context(), limits.Rules{}, &haproxies{}, filter.Selects, func(err error) { t.Log("not looked at:", err) })
+		if err != nil || found.Len() != 1 {
+			t.Fatalf("%d connections are listed: %v", found.Len(), err)
 		}
+		conns := copies(found.All())
 		began := conns[0].Since
 		if began < p.entry().before.Add(-exact) || began > p.entry().after.Add(exact+p.entry().lag) {
 			t.Errorf("%+v\nis listed to have begun %s after the call that made it so, which took %s", conns[0], began.Sub(p.entry().before),

@@ -177,7 +177,10 @@ func EndpointFrom(ap netip.AddrPort) Endpoint {
 func (e Endpoint) IP() netip.Addr { return netip.AddrFrom16(e.Addr).Unmap() }
 
 // String is the form host:port, with brackets around IPv6.
-func (e Endpoint) String() string { return netip.AddrPortFrom(e.IP(), e.Port).String() }
+func (e Endpoint) String() string { return string(e.AppendTo(nil)) }
+
+// AppendTo appends what String returns.
+func (e Endpoint) AppendTo(b []byte) []byte { return netip.AddrPortFrom(e.IP(), e.Port).AppendTo(b) }
 
 // Flow is both ends, seen from this host, and the interface that the socket is
 // bound to (SO_BINDTODEVICE), which tells apart what has the same ends.

@@ -4,6 +4,7 @@ package report
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -13,22 +14,29 @@ import (
 )
 
 // Duration prints d as people read it: 350µs, 12ms, 1.4s, 59.8s, 2m05s, 2h13m, 3d04h.
-func Duration(d time.Duration) string {
+func Duration(d time.Duration) string { return string(appendDuration(nil, d)) }
+
+func appendDuration(b []byte, d time.Duration) []byte {
+	two := func(unit, of time.Duration, between, after string) []byte {
+		b = append(strconv.AppendInt(b, int64(d/unit), 10), between...)
+		part := int64(d % unit / of)
+		return append(append(b, byte('0'+part/10), byte('0'+part%10)), after...)
+	}
 	switch {
 	case d < time.Millisecond:
-		return fmt.Sprintf("%dµs", d.Microseconds())
+		return append(strconv.AppendInt(b, d.Microseconds(), 10), "µs"...)
 	case d < time.Second:
-		return fmt.Sprintf("%dms", d.Milliseconds())
+		return append(strconv.AppendInt(b, d.Milliseconds(), 10), "ms"...)
 	case d < time.Minute-50*time.Millisecond:
-		return fmt.Sprintf("%.1fs", d.Seconds())
+		return append(strconv.AppendFloat(b, d.Seconds(), 'f', 1, 64), 's')
 	case d < time.Minute:
-		return "1m00s" // and not 60.0s
+		return append(b, "1m00s"...) // and not 60.0s
 	case d < time.Hour:
-		return fmt.Sprintf("%dm%02ds", d/time.Minute, d%time.Minute/time.Second)
+		return two(time.Minute, time.Second, "m", "s")
 	case d < 24*time.Hour:
-		return fmt.Sprintf("%dh%02dm", d/time.Hour, d%time.Hour/time.Minute)
+		return two(time.Hour, time.Minute, "h", "m")
 	}
-	return fmt.Sprintf("%dd%02dh", d/(24*time.Hour), d%(24*time.Hour)/time.Hour)
+	return two(24*time.Hour, time.Hour, "d", "h")
 }
 
 // Clean makes text from outside (a process's name) safe for a terminal or log.
@@ -50,19 +58,23 @@ func processName(p events.Process) string {
 }
 
 // age is the time in FIN_WAIT2, marked where it is only a lower bound.
-func age(c *track.Conn) string {
+func age(c *track.Conn) string { return string(appendAge(nil, c)) }
+
+func appendAge(b []byte, c *track.Conn) []byte {
 	if !c.SinceExact || c.End != 0 && !c.EndExact {
-		return "≥" + atLeast(c.Duration)
+		return appendDuration(append(b, "≥"...), roundedDown(c.Duration))
 	}
-	return Duration(c.Duration)
+	return appendDuration(b, c.Duration)
 }
 
 // atLeast is Duration rounded down, for a lower bound.
-func atLeast(d time.Duration) string {
-	if d >= time.Second {
-		d = d.Truncate(100 * time.Millisecond)
+func atLeast(d time.Duration) string { return Duration(roundedDown(d)) }
+
+func roundedDown(d time.Duration) time.Duration {
+	if d < time.Second {
+		return d
 	}
-	return Duration(d)
+	return d.Truncate(100 * time.Millisecond)
 }
 
 func plural(n uint64, one, many string) string {

@@ -7,9 +7,11 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/limits"
@@ -35,37 +37,91 @@ func SortOldest(conns []track.Conn) {
 	}
 }
 
-// List prints connections as a table.
-func List(w io.Writer, conns []track.Conn, style Style) error {
-	columns := []column{
-		{title: "AGE", right: true},
-		{title: "STAGE", drop: 2},
-		{title: "LOCAL"},
-		{title: "PEER"},
-		{title: "SIDE", drop: 6},
-		{title: "PROCESS", drop: 4},
-		{title: "PROXY", drop: 3},
-		{title: "LIMIT", most: 33, drop: 1},
+// A Listing is connections as a table. Each column is as wide as its widest cell: all
+// are Added, in any order, before they are printed. Between the two it keeps none.
+type Listing struct {
+	style     Style
+	columns   []column
+	widths    []int
+	placed    bool // one is of a proxy
+	limits    map[limits.Limit]string
+	processes map[events.Process]string
+	text      []byte // the cells of a row
+	ends      []int  // where each ends
+}
+
+// NewListing is an empty one.
+func NewListing(style Style) *Listing {
+	l := &Listing{
+		style: style,
+		columns: []column{
+			{title: "AGE", right: true},
+			{title: "STAGE", drop: 2},
+			{title: "LOCAL"},
+			{title: "PEER"},
+			{title: "SIDE", drop: 6},
+			{title: "PROCESS", drop: 4},
+			{title: "PROXY", drop: 3},
+			{title: "LIMIT", most: 33, drop: 1},
+		},
+		limits: map[limits.Limit]string{}, processes: map[events.Process]string{}, // few, of very many
 	}
-	if !slices.ContainsFunc(conns, func(c track.Conn) bool { return c.Place != nil }) {
+	l.widths = make([]int, len(l.columns))
+	return l
+}
+
+// Add makes room for a connection.
+func (l *Listing) Add(c *track.Conn) {
+	l.placed = l.placed || c.Place != nil
+	l.row(c)
+	from := 0
+	for i, end := range l.ends {
+		l.widths[i] = max(l.widths[i], utf8.RuneCount(l.text[from:end]))
+		from = end
+	}
+}
+
+// row makes the cells of a connection.
+func (l *Listing) row(c *track.Conn) {
+	l.text, l.ends = l.text[:0], l.ends[:0]
+	cell := func(text []byte) { l.text, l.ends = text, append(l.ends, len(text)) }
+	cell(appendAge(l.text, c))
+	cell(append(l.text, c.Stage.String()...))
+	cell(c.Flow.Local.AppendTo(l.text))
+	cell(c.Flow.Remote.AppendTo(l.text))
+	cell(append(l.text, c.Side.String()...))
+	cell(append(l.text, remember(l.processes, c.Process, func() string { return processName(c.Process) })...))
+	cell(append(l.text, proxyName(c)...))
+	if c.Overdue {
+		l.text = append(l.text, "PAST "...)
+	}
+	cell(append(l.text, remember(l.limits, c.Limit, func() string { return Clean(c.Limit.String()) })...))
+}
+
+// Print prints what has been Added.
+func (l *Listing) Print(w io.Writer, conns iter.Seq[*track.Conn]) error {
+	columns := slices.Clone(l.columns)
+	if !l.placed {
 		columns[proxyInList].drop = dropped
 	}
-	rows := make([][]string, len(conns))
-	ends, processes := map[limits.Limit]string{}, map[events.Process]string{} // Few, of very many.
-	for i := range conns {
-		c := &conns[i]
-		limit := remember(ends, c.Limit, func() string { return Clean(c.Limit.String()) })
-		if c.Overdue {
-			limit = "PAST " + limit
+	columns = laidOut(columns, l.widths, l.style.Width)
+	out := bufio.NewWriter(w)
+	// An error stays until Flush.
+	fmt.Fprintln(out, l.style.paint("1", line(columns, titles(columns))))
+	cells := make([]string, len(columns))
+	for c := range conns {
+		l.row(c)
+		text, from := string(l.text), 0
+		for i, end := range l.ends {
+			cells[i], from = text[from:end], end
 		}
-		rows[i] = []string{age(c), c.Stage.String(), c.Flow.Local.String(), c.Flow.Remote.String(),
-			c.Side.String(), remember(processes, c.Process, func() string { return processName(c.Process) }), proxyName(c), limit}
+		row := l.style.shorten(line(columns, cells), cells[len(cells)-1])
+		if c.Overdue {
+			row = l.style.paint("31", row)
+		}
+		fmt.Fprintln(out, row)
 	}
-	lines := table(columns, rows, style.Width)
-	for i := range conns {
-		lines[i+1] = style.shorten(lines[i+1], rows[i][len(columns)-1])
-	}
-	return print(w, lines, style, func(row int) bool { return conns[row].Overdue })
+	return out.Flush()
 }
 
 // remember returns what a key has in texts, which it makes only once.
@@ -126,10 +182,9 @@ type Group struct {
 var Keys = []string{"peer", "port", "process", "proxy", "stage"}
 
 // GroupBy groups connections, the largest group first. Keys must be of Keys.
-func GroupBy(conns []track.Conn, keys []string) []Group {
+func GroupBy(conns iter.Seq[*track.Conn], keys []string) []Group {
 	groups := map[string]*Group{}
-	for i := range conns {
-		c := &conns[i]
+	for c := range conns {
 		values := make([]string, len(keys))
 		for k, key := range keys {
 			values[k] = keyOf(c, key)

@@ -4,6 +4,8 @@ package report
 
 import (
 	"encoding/json"
+	"io"
+	"iter"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -157,13 +159,31 @@ func conns() []track.Conn {
 
 var widths = map[string]int{"60": 60, "80": 80, "120": 120, "unlimited": 0}
 
+func each(conns []track.Conn) iter.Seq[*track.Conn] {
+	return func(yield func(*track.Conn) bool) {
+		for i := range conns {
+			if !yield(&conns[i]) {
+				return
+			}
+		}
+	}
+}
+
+func list(w io.Writer, conns []track.Conn, style Style) error {
+	l := NewListing(style)
+	for c := range each(conns) {
+		l.Add(c)
+	}
+	return l.Print(w, each(conns))
+}
+
 // The narrower, the fewer columns; but the peer is what one looks for, and never
 // cut, however long.
 func TestList(t *testing.T) {
 	for name, width := range widths {
 		t.Run(name, func(t *testing.T) {
 			var b strings.Builder
-			if err := List(&b, conns(), Style{Width: width}); err != nil {
+			if err := list(&b, conns(), Style{Width: width}); err != nil {
 				t.Fatal(err)
 			}
 			golden.Check(t, "testdata/list-"+name+".txt", b.String())
@@ -177,7 +197,7 @@ func TestListFits(t *testing.T) {
 	short := []track.Conn{conns()[0], conns()[2]}
 	for name, width := range widths {
 		var b strings.Builder
-		if err := List(&b, short, Style{Width: width}); err != nil {
+		if err := list(&b, short, Style{Width: width}); err != nil {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(b.String()) {
@@ -234,7 +254,7 @@ func TestLive(t *testing.T) {
 // Colours only where they are asked for, and always ended.
 func TestColor(t *testing.T) {
 	var b strings.Builder
-	if err := List(&b, conns(), Style{Color: true}); err != nil {
+	if err := list(&b, conns(), Style{Color: true}); err != nil {
 		t.Fatal(err)
 	}
 	if red := strings.Count(b.String(), "\x1b[31m"); red != 1 {
@@ -298,13 +318,13 @@ func TestGroups(t *testing.T) {
 	all := append(conns(), bound)
 	var b strings.Builder
 	for _, keys := range [][]string{{"peer"}, {"port"}, {"process", "stage"}} {
-		if err := Groups(&b, keys, GroupBy(all, keys), Style{}); err != nil {
+		if err := Groups(&b, keys, GroupBy(each(all), keys), Style{}); err != nil {
 			t.Fatal(err)
 		}
 		b.WriteString("\n")
 	}
 	out := json.NewEncoder(&b)
-	for _, g := range GroupBy(all, []string{"peer"}) {
+	for _, g := range GroupBy(each(all), []string{"peer"}) {
 		if err := out.Encode(GroupRecord([]string{"peer"}, g)); err != nil {
 			t.Fatal(err)
 		}

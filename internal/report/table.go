@@ -79,19 +79,28 @@ func titles(columns []column) []string {
 	return names
 }
 
-// table lays out rows that are all known, each column as wide as its widest cell.
-func table(columns []column, rows [][]string, width int) []string {
-	columns = append([]column(nil), columns...)
+// laidOut gives columns the widths of their widest cells, and says which are shown.
+func laidOut(columns []column, widest []int, width int) []column {
+	columns = slices.Clone(columns)
 	for i := range columns {
-		columns[i].width = max(columns[i].width, utf8.RuneCountInString(columns[i].title))
-		for _, row := range rows {
-			columns[i].width = max(columns[i].width, utf8.RuneCountInString(row[i]))
-		}
-		if columns[i].most > 0 {
-			columns[i].width = min(columns[i].width, columns[i].most)
+		c := &columns[i]
+		c.width = max(c.width, utf8.RuneCountInString(c.title), widest[i])
+		if c.most > 0 {
+			c.width = min(c.width, c.most)
 		}
 	}
-	columns = fit(columns, width)
+	return fit(columns, width)
+}
+
+// table lays out rows that are all known, each column as wide as its widest cell.
+func table(columns []column, rows [][]string, width int) []string {
+	widths := make([]int, len(columns))
+	for _, row := range rows {
+		for i := range widths {
+			widths[i] = max(widths[i], utf8.RuneCountInString(row[i]))
+		}
+	}
+	columns = laidOut(columns, widths, width)
 	lines := append(make([]string, 0, 1+len(rows)), line(columns, titles(columns)))
 	for _, row := range rows {
 		lines = append(lines, line(columns, row))
