@@ -130,6 +130,7 @@ struct cpu {
 	__u64 lost;	   /* records the ring buffer had no room for */
 	__u64 instants;	   /* left FIN_WAIT2 as they entered, not sent */
 	__u64 unsent;	   /* handovers kept as heirs and not sent */
+	__u64 sent;	   /* records */
 	__u64 entered;	   /* the last socket whose entry was not sent: see identify() */
 	__u64 turn;	   /* jiffies, when the last turn of the allowance began */
 	__u32 allowed;	   /* handovers to send in it yet */
@@ -352,18 +353,27 @@ static __always_inline bool is_done(const struct sock *sk)
 	return sk->__sk_common.skc_flags & (1 << SOCK_DONE);
 }
 
-/* A function of its own: see changed(). */
+enum {
+	FORCE_WAKEUP = 1 << 1, /* BPF_RB_FORCE_WAKEUP, include/uapi/linux/bpf.h */
+	WAKE_EVERY = 512,      /* records of a CPU: of 50 they fill less than the ring buffer */
+};
+
+/*
+ * A function of its own: see changed(). A reader who waits for more records is woken
+ * in time to lose none.
+ */
 static __noinline int send(struct sock *sk, struct tcp_sock *tp, int old_state, int new_state,
 			   const struct closer *who)
 {
 	const struct net *net;
-	struct event *e = bpf_ringbuf_reserve(&ring, sizeof(*e), 0);
+	struct cpu *here = this_cpu();
+	struct event *e;
 
+	if (!here)
+		return 0;
+	e = bpf_ringbuf_reserve(&ring, sizeof(*e), 0);
 	if (!e) {
-		struct cpu *here = this_cpu();
-
-		if (here)
-			here->lost++;
+		here->lost++;
 		return 0;
 	}
 	net = sk->__sk_common.skc_net.net;
@@ -395,7 +405,8 @@ static __noinline int send(struct sock *sk, struct tcp_sock *tp, int old_state, 
 		e->pid = 0;
 		e->comm[0] = e->comm[1] = 0;
 	}
-	bpf_ringbuf_submit(e, 0);
+	here->sent++;
+	bpf_ringbuf_submit(e, here->sent % WAKE_EVERY ? 0 : FORCE_WAKEUP);
 	return 0;
 }
 
@@ -772,7 +783,8 @@ int owners(struct bpf_iter__task_file *ctx)
 	if (!socket)
 		return 0;
 	sk = socket->sk;
-	if (!sk || sk->sk_protocol != IPPROTO_TCP || sk->__sk_common.skc_state != owned_state)
+	/* The state first: most have another, and the protocol is far from it. */
+	if (!sk || sk->__sk_common.skc_state != owned_state || sk->sk_protocol != IPPROTO_TCP)
 		return 0;
 	o.inode = BPF_CORE_READ((struct socket_alloc *)socket, vfs_inode.i_ino);
 	o.cgroup = task->cgroups->dfl_cgrp->kn->id;

@@ -26,10 +26,14 @@ const (
 	// batchDelay is how long records gather before they are read: at most 10
 	// wake-ups a second, however many connections.
 	batchDelay = 100 * time.Millisecond
-	// fewDelay is that after a batch of few, which most are: each wake-up costs as
-	// much as dozens of records.
+	// fewDelay is that after a batch of few, as on a quiet host: who watches it sees
+	// them soon.
 	fewDelay = 250 * time.Millisecond
-	few      = 1000
+	few      = 32
+	// someDelay is that after one of more, up to lots: each wake-up costs as much as
+	// dozens of records.
+	someDelay = time.Second
+	lots      = 1000
 	// reconcileEvery is how long the table goes without a look at the sockets.
 	reconcileEvery = 30 * time.Second
 	// doubtfulAtMost is how long it goes while something is in doubt.
@@ -115,8 +119,8 @@ func (w *watch) run(ctx context.Context) error {
 			do()
 			continue
 		case <-w.probe.Ready():
-			if w.drainAt == 0 {
-				w.drainAt = probe.Now().Add(batchDelay)
+			if soon := probe.Now().Add(batchDelay); w.drainAt == 0 || w.drainAt > soon {
+				w.drainAt = soon
 			}
 			continue
 		case found := <-w.haproxies.running:
@@ -266,6 +270,8 @@ func (w *watch) drain() error {
 		w.drainAt = 0
 	case n < few:
 		w.drainAt = probe.Now().Add(fewDelay)
+	case n < lots:
+		w.drainAt = probe.Now().Add(someDelay)
 	default:
 		w.drainAt = probe.Now().Add(batchDelay)
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"runtime"
 	"testing"
 	"time"
 
@@ -85,4 +86,45 @@ func TestSnapshotLate(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestReady: one who has records to read is left alone by those that follow, until a
+// CPU has sent so many that the ring buffer might not hold them for long.
+func TestReady(t *testing.T) {
+	kerneltest.Require(t)
+	ns := kerneltest.NewNamespace(t)
+	p, err := probe.Open(probe.Options{EveryHandover: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if err := p.Attach(); err != nil {
+		t.Fatal(err)
+	}
+	handover := func() { connect(t, ns, events.Inbound, ipv4).close() }
+	handover()
+	for some := false; !some; {
+		<-p.Ready()
+		if some, err = p.Drain(func(*events.Event) {}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	woken := func() bool {
+		select {
+		case <-p.Ready():
+			return true
+		default:
+			return false
+		}
+	}
+	made, most := 0, 600*runtime.NumCPU()
+	for ; !woken(); made++ {
+		if made == most {
+			t.Fatalf("not woken by %d more", made)
+		}
+		handover()
+	}
+	if made < 100 { // the host may have some of its own
+		t.Errorf("woken by %d more", made)
+	}
 }

@@ -51,6 +51,7 @@ type bpfCpu struct {
 	Lost     uint64
 	Instants uint64
 	Unsent   uint64
+	Sent     uint64
 	Entered  uint64
 	Turn     uint64
 	Allowed  uint32
