@@ -92,25 +92,34 @@ func (p *Probe) findFirstOwners() {
 }
 
 func (p *Probe) allOwners(state events.State) (*Owners, error) {
-	owners := &Owners{numbers: map[uint64]uint32{}}
-	if err := p.owners.find(state, owners); err != nil {
-		return owners, fmt.Errorf("who holds a connection: %w", err)
+	owners := new(Owners)
+	err := p.owners.find(state, owners)
+	owners.sort()
+	if err != nil {
+		err = fmt.Errorf("who holds a connection: %w", err)
 	}
-	return owners, nil
+	return owners, err
 }
 
 // Owners are processes, and which sockets each holds.
 type Owners struct {
 	processes []owner
-	numbers   map[uint64]uint32 // of processes, by the sockets' inodes
+	held      []heldSocket
+}
+
+// heldSocket is a socket and who holds it, by number.
+type heldSocket struct {
+	inode   uint64
+	process uint32
 }
 
 // Of is who holds the socket of an inode; not known if nobody does.
 func (o *Owners) Of(inode uint64) events.Process {
-	if n, ok := o.numbers[inode]; ok {
-		return o.processes[n].process
+	n, found := slices.BinarySearchFunc(o.held, inode, func(h heldSocket, inode uint64) int { return cmp.Compare(h.inode, inode) })
+	if !found {
+		return events.Process{}
 	}
-	return events.Process{}
+	return o.processes[o.held[n].process].process
 }
 
 // An owner is a process that holds sockets.
@@ -119,17 +128,22 @@ type owner struct {
 	began   events.Time
 }
 
-// holds says that the last of the processes holds a socket. Of several it is the
-// one that began first, or the one with the lowest pid of those.
+// holds says that the last of the processes holds a socket.
 func (o *Owners) holds(inode uint64) {
-	last := &o.processes[len(o.processes)-1]
-	if n, held := o.numbers[inode]; held {
-		other := &o.processes[n]
-		if cmp.Or(cmp.Compare(other.began, last.began), cmp.Compare(other.process.PID, last.process.PID)) <= 0 {
-			return
+	o.held = append(o.held, heldSocket{inode, uint32(len(o.processes) - 1)})
+}
+
+// sort is called when all are known. Of several that hold a socket it is the one that
+// began first, or the one with the lowest pid of those.
+func (o *Owners) sort() {
+	slices.SortFunc(o.held, func(a, b heldSocket) int {
+		if a.inode != b.inode {
+			return cmp.Compare(a.inode, b.inode)
 		}
-	}
-	o.numbers[inode] = uint32(len(o.processes) - 1)
+		p, q := &o.processes[a.process], &o.processes[b.process]
+		return cmp.Or(cmp.Compare(p.began, q.began), cmp.Compare(p.process.PID, q.process.PID))
+	})
+	o.held = slices.CompactFunc(o.held, func(a, b heldSocket) bool { return a.inode == b.inode })
 }
 
 // find has the kernel look, which goes from process to process.
@@ -158,7 +172,7 @@ func (o *ownerIterator) find(state events.State, owners *Owners) error {
 // findOwners looks through /proc/PID/fd for the sockets of inodes, where the kernel has
 // no such iterator.
 func findOwners(inodes []uint64) (*Owners, error) {
-	owners := &Owners{numbers: map[uint64]uint32{}}
+	owners := new(Owners)
 	wanted := map[uint64]bool{}
 	for _, inode := range inodes {
 		wanted[inode] = true
@@ -183,6 +197,7 @@ func findOwners(inodes []uint64) (*Owners, error) {
 		}
 		dir.Close()
 	}
+	owners.sort()
 	var lacks []string
 	if !may(unix.CAP_DAC_READ_SEARCH) && !may(unix.CAP_DAC_OVERRIDE) {
 		lacks = append(lacks, "CAP_DAC_READ_SEARCH")
