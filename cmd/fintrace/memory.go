@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -19,10 +20,10 @@ const hugePage = 2 << 20 // where others have 4 KiB
 
 // hugePages is memory for a table, of which all but the first comes in huge pages
 // where the kernel has some: the page faults would take longer than all that is done
-// for its connections.
+// for its connections. The heap may have that much less.
 func hugePages() track.Memory {
 	var left []byte
-	size, advice := hugePage/4, unix.MADV_NOHUGEPAGE // Most tables are smaller.
+	size, advice := hugePage/2, unix.MADV_NOHUGEPAGE // Most tables are smaller.
 	return func(bytes int) []byte {
 		if len(left) < bytes {
 			more, err := aligned(max(bytes, size))
@@ -30,6 +31,9 @@ func hugePages() track.Memory {
 				return make([]byte, bytes)
 			}
 			_ = unix.Madvise(more, advice) // Where it is refused the pages are small.
+			if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 { // of GOMEMLIMIT
+				debug.SetMemoryLimit(limit - int64(len(more)))
+			}
 			size, advice = hugePage, unix.MADV_HUGEPAGE
 			if bytes >= hugePage {
 				return more
