@@ -208,6 +208,10 @@ func (s *soakStory) judge() (v soakVerdict) {
 		// tcp_fin_time() was another when the orphan's timer fired, which ended it or
 		// gave its minisock that much longer: for what was to come, too.
 		return v
+	case end == events.KernelTimeout && slices.Contains(f.ends, end) && slices.Contains(f.ends, events.Reset):
+		// It was reset within what its timer may be late by: nothing shows which came first.
+		v.weak = append(v.weak, takenForTimers)
+		return v
 	case slices.Contains(f.ends, end):
 	case end == events.Unseen:
 		v.weak = append(v.weak, "end")
