@@ -524,8 +524,10 @@ alerting:
 	if err != nil {
 		t.Errorf("%v; Prometheus has %+v, Alertmanager %+v", err, alerts, active(func(sent) bool { return true }))
 	}
-	// They are counted, in native histograms.
-	p.awaitValue(`histogram_count(fintrace_fin_wait2_duration_seconds{side="inbound",end="peer_fin"})`, func(n float64) bool { return n >= pile })
+	// They are counted, in native histograms; but for those whose entry the kernel has
+	// skipped, as while others attach: a look has found them, and cannot tell since when.
+	p.awaitValue(`histogram_count(fintrace_fin_wait2_duration_seconds{side="inbound",end="peer_fin"}) + on() fintrace_snapshot_corrections_total`,
+		func(n float64) bool { return n >= pile })
 	if err := d.end(); err != nil {
 		t.Error(err)
 	}
