@@ -30,8 +30,9 @@ func hugePages() track.Memory {
 			if err != nil {
 				return make([]byte, bytes)
 			}
-			_ = unix.Madvise(more, advice)                                 // Where it is refused the pages are small.
-			if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 { // of GOMEMLIMIT
+			// Where it is refused the pages are small.
+			_ = unix.Madvise(more, advice)
+			if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
 				debug.SetMemoryLimit(limit - int64(len(more)))
 			}
 			size, advice = hugePage, unix.MADV_HUGEPAGE
