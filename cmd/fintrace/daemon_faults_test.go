@@ -623,7 +623,9 @@ func TestDaemonMeanwhile(t *testing.T) {
 	r := records[0]
 	least := wall(closing.before).Add(-exact)
 	most := wall(closing.after).Add(exact)
-	if !r.SinceExact || r.Since.Before(least) || r.Since.After(most) {
+	// What was held for longer than its timer is exact to is known to have been held.
+	atOnce := closing.after.Sub(closing.before) < 20*time.Millisecond
+	if atOnce && !r.SinceExact || r.Since.Before(least) || r.Since.After(most) {
 		t.Errorf("the minisock is there since %v (exact: %t), want %v to %v", r.Since, r.SinceExact, least, most)
 	}
 	if entered, _ := d.metric("fintrace_fin_wait2_entered_total"); entered < 5 {
