@@ -72,7 +72,9 @@ const earlyBytes = 16 << 20
 // fault for each 4 KiB of them, and to collect garbage every few, take as long as all
 // else that it does.
 func startHeap() {
-	collectAt(-1)
+	// Not for this. Nor never: for a heap of gigabytes the runtime takes its own memory
+	// in huge pages too (enableMetadataHugePages), megabytes of it.
+	collectAt(2000)
 	room := uintptr(unsafe.Pointer(unsafe.SliceData(make([]byte, earlyBytes))))
 	earlyHeap = mapping{room, room + earlyBytes}
 	// Where the kernel has no huge pages the others do.
@@ -81,8 +83,8 @@ func startHeap() {
 	collectAt(400)
 }
 
-// collectAt has garbage collected when the heap has grown by so many percent, or never
-// (-1), unless the user has said when.
+// collectAt has garbage collected when the heap has grown by so many percent, unless
+// the user has said when.
 func collectAt(percent int) {
 	if _, set := os.LookupEnv("GOGC"); !set {
 		debug.SetGCPercent(percent)
