@@ -108,7 +108,7 @@ func (t *traced) measure(ctx context.Context, attach func() ([]*ebpf.Program, fu
 		if err != nil {
 			return cost{}, err
 		}
-		if _, err := makeLoad(ctx, load{Close: how, Connections: kernelConnections, Duration: 10 * time.Second}); err != nil {
+		if _, err := makeLoad(ctx, load{Kind: how, Connections: kernelConnections, Duration: 10 * time.Second}); err != nil {
 			return cost{}, err
 		}
 		after, err := costOf(programs)
@@ -141,19 +141,28 @@ func (t *traced) measure(ctx context.Context, attach func() ([]*ebpf.Program, fu
 	return err
 }
 
-// attachEmpty attaches a program that does nothing: what the tracepoint itself
-// costs, the kernel's own measuring included.
-func attachEmpty() ([]*ebpf.Program, func() error, error) {
+// loadEmpty loads a program for a tracepoint that does nothing.
+func loadEmpty(tracepoint string) (*ebpf.Program, error) {
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name:         "empty",
 		Type:         ebpf.Tracing,
 		AttachType:   ebpf.AttachTraceRawTp,
-		AttachTo:     "inet_sock_set_state",
+		AttachTo:     tracepoint,
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
 		License:      "GPL",
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("load an empty program: %w", err)
+		return nil, fmt.Errorf("load an empty program: %w", err)
+	}
+	return p, nil
+}
+
+// attachEmpty attaches a program that does nothing: what the tracepoint itself
+// costs, the kernel's own measuring included.
+func attachEmpty() ([]*ebpf.Program, func() error, error) {
+	p, err := loadEmpty("inet_sock_set_state")
+	if err != nil {
+		return nil, nil, err
 	}
 	l, err := link.AttachTracing(link.TracingOptions{Program: p})
 	if err != nil {

@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How a load closes its connections. The client closes first.
+// The kinds of load. Of the first three it is how they close their connections:
+// the client closes first.
 const (
 	// healthy: the peer closes at once, and its FIN carries the ACK of ours.
 	healthy = "healthy"
@@ -23,6 +24,8 @@ const (
 	waiting = "waiting"
 	// mixed: one of each in turn.
 	mixed = "mixed"
+	// https is requests to a real HAProxy: see beginProxied.
+	https = "https"
 )
 
 const (
@@ -30,10 +33,10 @@ const (
 	port      = 7777
 )
 
-// A load is connections over loopback, made and closed by one thread per CPU in
+// A load is connections over loopback, made and closed by some threads per CPU in
 // a network namespace of its own. It ends by count or by time, whichever is first.
 type load struct {
-	Close       string
+	Kind        string
 	Connections int
 	Duration    time.Duration
 	Rate        int  // connections per second; 0: as many as go
@@ -50,47 +53,89 @@ type loaded struct {
 
 func (l loaded) perSecond() float64 { return float64(l.Connections) / l.Took.Seconds() }
 
-// runLoad is the part of the program that makes the load.
-func runLoad(l load) (loaded, error) {
+// A life is a connection's.
+type life struct {
+	end  uint32 // µs, since the load began
+	took uint32 // ns
+}
+
+func lifeOf(start, began time.Time) life {
+	now := time.Now()
+	return life{uint32(now.Sub(start).Microseconds()), uint32(min(now.Sub(began), math.MaxUint32))}
+}
+
+// work is what one thread has done of a load.
+type work struct {
+	made  int
+	lives []life // the earliest end first; nil: not measured
+}
+
+// A running load.
+type running struct {
+	start   time.Time
+	threads int
+	done    chan done
+	stop    func() error
+}
+
+type done struct {
+	work
+	err error
+}
+
+// begin makes room in the namespace of this process, which is its own, and begins.
+func (l load) begin() (*running, error) {
 	if err := prepareNamespace(); err != nil {
-		return loaded{}, err
+		return nil, err
 	}
-	workers := runtime.NumCPU()
-	type result struct {
-		worker *worker
-		made   int
-		err    error
+	if l.Kind == https {
+		return l.beginProxied()
 	}
-	results := make(chan result)
-	start := time.Now()
-	for n := range workers {
+	threads := runtime.NumCPU()
+	r := &running{start: time.Now(), threads: threads, done: make(chan done, threads), stop: func() error { return nil }}
+	for n := range threads {
 		w := worker{
 			load:        l,
 			number:      n,
-			connections: (l.Connections + n) / workers,
-			start:       start,
+			connections: (l.Connections + n) / threads,
+			start:       r.start,
 		}
 		if l.Rate > 0 {
-			w.interval = time.Duration(workers) * time.Second / time.Duration(l.Rate)
+			w.interval = time.Duration(threads) * time.Second / time.Duration(l.Rate)
 		}
 		go func() {
-			made, err := w.run()
-			results <- result{&w, made, err}
+			err := w.run()
+			r.done <- done{w.work, err}
 		}()
 	}
-	var (
-		sum       loaded
-		latencies []float64
-		err       error
-	)
-	for range workers {
-		r := <-results
-		sum.Took = time.Since(start)
-		sum.Connections += r.made
-		for _, ns := range r.worker.latencies {
-			latencies = append(latencies, float64(ns))
+	return r, nil
+}
+
+// end waits until the load has ended.
+func (r *running) end() (all []work, took time.Duration, err error) {
+	for range r.threads {
+		d := <-r.done
+		took = time.Since(r.start)
+		all = append(all, d.work)
+		err = errors.Join(err, d.err)
+	}
+	return all, took, errors.Join(err, r.stop())
+}
+
+// runLoad is the part of the program that makes the load.
+func runLoad(l load) (loaded, error) {
+	r, err := l.begin()
+	if err != nil {
+		return loaded{}, err
+	}
+	all, took, err := r.end()
+	sum := loaded{Took: took}
+	var latencies []float64
+	for _, w := range all {
+		sum.Connections += w.made
+		for _, life := range w.lives {
+			latencies = append(latencies, float64(life.took))
 		}
-		err = errors.Join(err, r.err)
 	}
 	if l.Latency && err == nil {
 		sum.P99 = time.Duration(quantile(latencies, 0.99))
@@ -204,8 +249,8 @@ type worker struct {
 	start       time.Time
 	interval    time.Duration // between connections; 0: none
 
-	silent    []silentPeer // the oldest first
-	latencies []uint32     // ns
+	silent []silentPeer // the oldest first
+	work
 }
 
 // A silentPeer has had our FIN and has yet to send its own.
@@ -214,22 +259,22 @@ type silentPeer struct {
 	until time.Duration
 }
 
-func (w *worker) run() (made int, err error) {
+func (w *worker) run() (err error) {
 	runtime.LockOSThread()
 	c, err := newConnector(w.number)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer func() { err = errors.Join(err, w.closePeers(w.load.Duration+peerDelay), c.close()) }()
-	for made < w.connections {
+	for w.made < w.connections {
 		now := time.Since(w.start)
 		if now >= w.load.Duration {
 			break
 		}
 		if err := w.closePeers(now); err != nil {
-			return made, err
+			return err
 		}
-		if due := time.Duration(made) * w.interval; due > now {
+		if due := time.Duration(w.made) * w.interval; due > now {
 			// Not each by itself: a millisecond's worth at a time.
 			time.Sleep(max(due-now, time.Millisecond))
 			continue
@@ -237,27 +282,27 @@ func (w *worker) run() (made int, err error) {
 		began := time.Now()
 		client, server, err := c.connect()
 		if err != nil {
-			return made, err
+			return err
 		}
-		made++
+		w.made++
 		if err := unix.Close(client); err != nil {
-			return made, err
+			return err
 		}
-		if w.load.Close == healthy || w.load.Close == mixed && made%2 == 0 {
+		if w.load.Kind == healthy || w.load.Kind == mixed && w.made%2 == 0 {
 			if err := unix.Close(server); err != nil {
-				return made, err
+				return err
 			}
 		} else {
 			if err := acknowledge(server); err != nil {
-				return made, err
+				return err
 			}
 			w.silent = append(w.silent, silentPeer{server, now + peerDelay})
 		}
 		if w.load.Latency {
-			w.latencies = append(w.latencies, uint32(min(time.Since(began), math.MaxUint32)))
+			w.lives = append(w.lives, lifeOf(w.start, began))
 		}
 	}
-	return made, nil
+	return nil
 }
 
 // closePeers closes the peers that have been silent for long enough.

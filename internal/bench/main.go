@@ -42,6 +42,7 @@ var measures = []measure{
 type suite struct {
 	binary string // of fintrace
 	idle   time.Duration
+	longer int // so many times as long is the host compared with and without it
 }
 
 func main() {
@@ -66,6 +67,7 @@ func run(ctx context.Context, args []string) (err error) {
 	quoted := flags.String("quote", "", "put the lines with a bar into this file, between its marks")
 	flags.StringVar(&s.binary, "fintrace", "", "measure this binary (default: built from the sources here)")
 	flags.DurationVar(&s.idle, "idle", 15*time.Second, "how long to watch it idle; 10m for what is rare")
+	flags.IntVar(&s.longer, "longer", 1, "compare the host with and without it so many times as long; 3 for a certain answer on a busy machine")
 	only := flags.String("only", "", "run these of "+names(measures)+" alone")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {

@@ -78,7 +78,7 @@ func (s *suite) noticeUnderChurn(ctx context.Context) (late []float64, perSecond
 	duration := noticeConnections*noticeEvery + noticeLimit + track.Grace + time.Second
 	churned := make(chan result, 1)
 	go func() {
-		made, err := makeLoad(ctx, load{Close: mixed, Connections: math.MaxInt32, Duration: duration})
+		made, err := makeLoad(ctx, load{Kind: mixed, Connections: math.MaxInt32, Duration: duration})
 		churned <- result{made, err}
 	}()
 	late, err = inNamespace[[]float64](ctx, "notice", noticeRequest{s.binary})

@@ -26,6 +26,7 @@ var parts = map[string]func(*json.Decoder) (any, error){
 	"snapshot": part(runSnapshot),
 	"start":    part(runStart),
 	"steps":    part(runSteps),
+	"toggled":  part(runToggled),
 	"tracker":  part(runTracker),
 	"tracked":  part(runTracked),
 }

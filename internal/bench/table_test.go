@@ -7,6 +7,8 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -130,29 +132,61 @@ func TestInterval(t *testing.T) {
 
 // A tool that cannot run, or a bar that may or may not be met, must show as such.
 func TestHostVerdicts(t *testing.T) {
-	host := func(name string, err error, lost ...float64) *tracedHost {
-		return &tracedHost{contender: &contender{name: name, err: err}, rates: []float64{1000}, latencies: []float64{50}, lost: lost, slower: lost}
+	host := func(name string, err error) *tracedHost {
+		return &tracedHost{contender: &contender{name: name, err: err}, latencies: []float64{50}}
 	}
+	hosts := []*tracedHost{host("no tracer", nil), host("fintrace", nil), host("other", errors.New("cannot\nrun"))}
 	for _, tt := range []struct {
-		name     string
-		fintrace *tracedHost
-		lost     losses
-		want     [2]verdict // of connections per second, of records lost
+		name string
+		lost []float64
+		want verdict
 	}{
-		{"little", host("fintrace", nil, 0.5, 0.6, 0.4), losses{connections: 10}, [2]verdict{met, met}},
-		{"much", host("fintrace", nil, 2, 3, 4), losses{connections: 10, missed: 1}, [2]verdict{notMet, notMet}},
-		{"either", host("fintrace", nil, 0.5, 0.6, 2), losses{connections: 10, lost: 1}, [2]verdict{unknown, notMet}},
-		{"not there", host("fintrace", errors.New("not installed")), losses{}, [2]verdict{unknown, unknown}},
+		{"little", []float64{0.5, 0.6, 0.4}, met},
+		{"much", []float64{2, 3, 4}, notMet},
+		{"either", []float64{0.5, 0.6, 2}, unknown},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			rows := hostRows([]*tracedHost{host("no tracer", nil, 0), tt.fintrace, host("other", errors.New("cannot\nrun"))}, tt.lost)
-			if got := [2]verdict{rows[0].met, rows[2].met}; got != tt.want {
-				t.Errorf("verdicts %v, want %v", got, tt.want)
+			rows := hostRows("a load", toggledCosts{Rates: []float64{1000}, Lost: [toggledPrograms][]float64{withFintrace: tt.lost}}, hosts)
+			if got := rows[0].met; got != tt.want {
+				t.Errorf("verdict %v, want %v", got, tt.want)
 			}
-			if got, want := rows[3].beside, "other cannot run"; !strings.HasSuffix(got, want) {
+			if got, want := rows[2].beside, "other cannot run"; !strings.HasSuffix(got, want) {
 				t.Errorf("not measured: %q, want %q", got, want)
 			}
 		})
+	}
+	for _, tt := range []struct {
+		lost losses
+		want verdict
+	}{{losses{}, unknown}, {losses{connections: 10}, met}, {losses{connections: 10, lost: 1}, notMet}, {losses{connections: 10, missed: 1}, notMet}} {
+		if got := tt.lost.row().met; got != tt.want {
+			t.Errorf("%+v: verdict %v, want %v", tt.lost, got, tt.want)
+		}
+	}
+}
+
+// Two threads, of which one ends a connection each 100 µs and the other none while
+// the program is attached: half is lost, whichever slot is longer.
+func TestCompare(t *testing.T) {
+	group := []int{withNone, withFintrace, withFintrace, withNone}
+	slots := []slot{
+		{1000, 3000}, {3500, 4500}, {5000, 8000}, {8500, 9500},
+		{10_000, 11_000}, {11_000, 12_000}, {12_000, 13_000}, {13_000, 14_000},
+		{14_000, 15_000}, // of a group that was not finished
+	}
+	var always, without work
+	for at := uint32(0); at < 15_000; at += 100 {
+		always.lives = append(always.lives, life{end: at})
+		if !slices.ContainsFunc([]int{1, 2, 5, 6}, func(i int) bool { return at >= slots[i].from && at < slots[i].to }) {
+			without.lives = append(without.lives, life{end: at})
+		}
+	}
+	costs := compare(group, slots, []work{always, without})
+	if want := []float64{20_000, 20_000}; !slices.Equal(costs.Rates, want) {
+		t.Errorf("rates %v, want %v", costs.Rates, want)
+	}
+	if got, want := costs.Lost, ([toggledPrograms][]float64{withNone: {0, 0}, withFintrace: {50, 50}}); !reflect.DeepEqual(got, want) {
+		t.Errorf("lost %v, want %v", got, want)
 	}
 }
 

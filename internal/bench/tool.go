@@ -162,7 +162,7 @@ func (r *tracer) attached(ctx context.Context) error {
 	}
 	defer stats.Close()
 	for deadline := time.Now().Add(attachWithin); time.Now().Before(deadline); {
-		if _, err := makeLoad(ctx, load{Close: healthy, Connections: 1, Duration: time.Second}); err != nil {
+		if _, err := makeLoad(ctx, load{Kind: healthy, Connections: 1, Duration: time.Second}); err != nil {
 			return err
 		}
 		programs, err := r.programs()

@@ -35,11 +35,11 @@ type userLoad struct {
 }
 
 var userLoads = []userLoad{
-	{name: "1 000 connections/s", load: load{Close: mixed, Rate: 1000, Duration: 3 * time.Second}},
-	{name: "5 000 connections/s", load: load{Close: mixed, Rate: 5000, Duration: 6 * time.Second}, bar: true},
-	{name: "5 000 healthy connections/s", load: load{Close: healthy, Rate: 5000, Duration: 3 * time.Second}, ours: true},
-	{name: "5 000 minisocks/s", load: load{Close: waiting, Rate: 5000, Duration: 3 * time.Second}, ours: true},
-	{name: "as many connections/s as go", load: load{Close: mixed, Duration: 2 * time.Second}},
+	{name: "1 000 connections/s", load: load{Kind: mixed, Rate: 1000, Duration: 3 * time.Second}},
+	{name: "5 000 connections/s", load: load{Kind: mixed, Rate: 5000, Duration: 6 * time.Second}, bar: true},
+	{name: "5 000 healthy connections/s", load: load{Kind: healthy, Rate: 5000, Duration: 3 * time.Second}, ours: true},
+	{name: "5 000 minisocks/s", load: load{Kind: waiting, Rate: 5000, Duration: 3 * time.Second}, ours: true},
+	{name: "as many connections/s as go", load: load{Kind: mixed, Duration: 2 * time.Second}},
 }
 
 // userCost is what a tool's own process costs under one load, in each round.

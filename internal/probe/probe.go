@@ -205,23 +205,34 @@ func (p *Probe) load(spec *ebpf.CollectionSpec, config bpfConfig, types *btf.Cac
 }
 
 // Attach starts the records: from here on Drain finds them. A bare Probe has none.
-func (p *Probe) Attach() error {
+func (p *Probe) Attach() (err error) {
 	if p.bare {
 		return nil
 	}
-	ring, err := newRing(p.objects.Ring)
-	if err != nil {
-		return thisHost().explain(fmt.Errorf("map the ring buffer: %w", err))
-	}
-	p.ring = ring
-	if err := p.makeHeirs(); err != nil {
-		return thisHost().explain(err)
+	if p.ring == nil {
+		if p.ring, err = newRing(p.objects.Ring); err != nil {
+			return thisHost().explain(fmt.Errorf("map the ring buffer: %w", err))
+		}
+		if err := p.makeHeirs(); err != nil {
+			return thisHost().explain(err)
+		}
 	}
 	p.attached, err = link.AttachTracing(link.TracingOptions{Program: p.objects.OnSetState})
 	if err != nil {
 		return thisHost().explain(fmt.Errorf("attach to inet_sock_set_state: %w", err))
 	}
 	return nil
+}
+
+// Detach stops the records until Attach, for whoever compares the host with and
+// without: what changes meanwhile is not seen.
+func (p *Probe) Detach() error {
+	if p.attached == nil {
+		return nil
+	}
+	err := p.attached.Close()
+	p.attached = nil
+	return err
 }
 
 // makeHeirs gives the kernel side its memory for the handovers that it does not send.
@@ -243,10 +254,7 @@ func (p *Probe) makeHeirs() error {
 
 // Close detaches and frees all. It may be called on a half-open Probe.
 func (p *Probe) Close() error {
-	var errs []error
-	if p.attached != nil {
-		errs = append(errs, p.attached.Close())
-	}
+	errs := []error{p.Detach()}
 	if p.iterator != nil {
 		errs = append(errs, p.iterator.Close())
 	}
