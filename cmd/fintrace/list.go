@@ -106,9 +106,9 @@ func listConnections(ctx context.Context, rules limits.Rules, haproxies *haproxi
 		tracker:   track.New(rules, track.DefaultCapacity, hugePages()),
 		rules:     rules,
 		haproxies: haproxies,
-		notify:    func(*track.Notice) {},
 		warn:      unlooked,
 	}
+	w.tracker.Silence()
 	if err := w.seed(ctx); err != nil {
 		return listed{}, err
 	}

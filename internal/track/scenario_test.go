@@ -53,7 +53,7 @@ func newScenario() *scenario {
 
 // run runs one command. Durations have units; every time counts from the start.
 //
-//	new [held=5s] [capacity=2]                      a new tracker, the clock at 0
+//	new [held=5s] [capacity=2] [silent]             a new tracker, the clock at 0
 //	enter   SOCKET [dead]                           FIN_WAIT1 → FIN_WAIT2
 //	close   SOCKET                                  FIN_WAIT2 → FIN_WAIT2
 //	leave   SOCKET [dead] [done] [rcvshut] [err=104] FIN_WAIT2 → CLOSE
@@ -89,6 +89,9 @@ func (s *scenario) run(d *datadriven.TestData) (string, error) {
 	case "new":
 		s.now, s.processes, s.rules = boot, nil, limits.Rules{}
 		s.tracker = New(limits.Rules{Held: words.duration("held", 0)}, words.number("capacity", 100), nil)
+		if words.is("silent") {
+			s.tracker.Silence()
+		}
 		return "", nil
 	case "enter", "close", "leave":
 		states := map[string][2]events.State{
@@ -302,7 +305,7 @@ func describe(c *Conn) string {
 // words are the arguments of a command or row.
 type words map[string]string
 
-var vocabulary = strings.Fields(`t held capacity cookie netns fin_timeout linger2 rto local remote pid comm accepted
+var vocabulary = strings.Fields(`t held capacity silent cookie netns fin_timeout linger2 rto local remote pid comm accepted
 	dead done rcvshut err covers overflow reused gone given_up inode timer entry last_ack handover port late changed alone local_port process proxy stage`)
 
 func newWords(args []datadriven.CmdArg) (words, error) {
