@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -501,51 +502,15 @@ func TestUnsent(t *testing.T) {
 // it, also where the one before with its memory was closed elsewhere.
 func TestCgroups(t *testing.T) {
 	kerneltest.Require(t)
-	root := t.TempDir()
-	if err := unix.Mount("none", root, "cgroup2", 0, ""); err != nil {
-		t.Fatal("mount cgroup2:", err)
-	}
-	defer func() {
-		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-			t.Error("unmount cgroup2:", err)
-		}
-	}()
-	enter := func(dir string) {
-		t.Helper()
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0); err != nil {
-			t.Fatal(err)
-		}
-	}
-	text, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, home, _ := strings.Cut(string(text), "0::")
-	home, _, _ = strings.Cut(home, "\n")
-	var dirs [2]string
-	for i := range dirs {
-		dirs[i] = filepath.Join(root, fmt.Sprintf("fintrace-test-%d-%d", os.Getpid(), addresses.Add(1)))
-		if err := os.Mkdir(dirs[i], 0o755); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			if err := await("the cgroup to be empty", func() bool { return os.Remove(dirs[i]) == nil }); err != nil {
-				t.Error(err)
-			}
-		}()
-	}
-	defer enter(filepath.Join(root, home))
-
+	groups := mountCgroups(t)
+	root := groups.add(t, groups.root)
+	dirs := []string{groups.add(t, root), groups.add(t, root)}
 	ns := kerneltest.NewNamespace(t)
 	r := record(t, probe.Options{EveryHandover: true}, limits.Rules{})
 	known := 0
 	for round := range 6 {
 		dir := dirs[round%len(dirs)]
-		enter(dir)
-		var st unix.Stat_t
-		if err := unix.Stat(dir, &st); err != nil {
-			t.Fatal(err)
-		}
+		enterCgroup(t, dir, "procs")
 		var pairs []*pair
 		for range 20 {
 			p := connect(t, ns, events.Inbound, ipv4)
@@ -553,19 +518,135 @@ func TestCgroups(t *testing.T) {
 			pairs = append(pairs, p)
 		}
 		for _, p := range pairs {
-			c := r.await(t, ns.Inode, p.flow, track.Opened, soon).Conn
-			if c.Process.Known() {
-				known++
-				if c.Process.Cgroup != st.Ino {
-					t.Errorf("closed in cgroup %d, and its record says %d", st.Ino, c.Process.Cgroup)
-				}
-			}
-			p.closeFD(&p.peer)
+			known += r.awaitCgroup(t, ns, p, dir)
 		}
 	}
 	if known == 0 {
 		t.Error("who closed is unknown of all: the test shows nothing")
 	}
+}
+
+// TestCgroupsInTurn: threads of two cgroups close in turn on the same processor, many
+// times in a jiffy.
+func TestCgroupsInTurn(t *testing.T) {
+	kerneltest.Require(t)
+	groups := mountCgroups(t)
+	root := groups.add(t, groups.root)
+	dirs := []string{groups.add(t, root), groups.add(t, root)}
+	for _, dir := range dirs {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.type"), []byte("threaded"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	enterCgroup(t, root, "procs")
+	ns := kerneltest.NewNamespace(t)
+	r := record(t, probe.Options{EveryHandover: true}, limits.Rules{})
+	// The kernel may skip events for a while: then who closes is unknown.
+	const enough, rounds = 100, 10
+	for known, round := 0, 0; known < enough; round++ {
+		if round == rounds {
+			t.Fatalf("who closed is known of %d: the test shows nothing", known)
+		}
+		pairs := make([]*pair, enough)
+		for i := range pairs {
+			pairs[i] = connect(t, ns, events.Inbound, ipv4)
+		}
+		closeInTurn(t, pairs, dirs)
+		for i, p := range pairs {
+			known += r.awaitCgroup(t, ns, p, dirs[i%len(dirs)])
+		}
+	}
+}
+
+// closeInTurn closes pairs, each by the thread in the next of two cgroups.
+func closeInTurn(t *testing.T, pairs []*pair, dirs []string) {
+	var threads sync.WaitGroup
+	turns := []chan int{make(chan int), make(chan int)} // a pair to close, by the thread
+	for i, dir := range dirs {
+		threads.Go(func() {
+			runtime.LockOSThread() // The thread ends with it.
+			var first unix.CPUSet
+			first.Set(0)
+			if err := unix.SchedSetaffinity(0, &first); err != nil {
+				t.Error(err)
+			}
+			enterCgroup(t, dir, "threads")
+			for n := range turns[i] {
+				pairs[n].close()
+				if n+1 == len(pairs) {
+					close(turns[1-i])
+					return
+				}
+				turns[1-i] <- n + 1
+			}
+		})
+	}
+	turns[0] <- 0
+	threads.Wait()
+}
+
+// cgroups is a mount of cgroup2.
+type cgroups struct{ root, home string }
+
+func mountCgroups(t *testing.T) *cgroups {
+	t.Helper()
+	root := t.TempDir()
+	if err := unix.Mount("none", root, "cgroup2", 0, ""); err != nil {
+		t.Fatal("mount cgroup2:", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+			t.Error("unmount cgroup2:", err)
+		}
+	})
+	text, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, home, _ := strings.Cut(string(text), "0::")
+	home, _, _ = strings.Cut(home, "\n")
+	return &cgroups{root, filepath.Join(root, home)}
+}
+
+// add makes one below another, which this process has left when the test ends.
+func (g *cgroups) add(t *testing.T, parent string) (dir string) {
+	t.Helper()
+	dir = filepath.Join(parent, fmt.Sprintf("fintrace-test-%d-%d", os.Getpid(), addresses.Add(1)))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		enterCgroup(t, g.home, "procs")
+		if err := await("the cgroup to be empty", func() bool { return os.Remove(dir) == nil }); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// enterCgroup moves this process ("procs") or thread ("threads").
+func enterCgroup(t *testing.T, dir, what string) {
+	if err := os.WriteFile(filepath.Join(dir, "cgroup."+what), []byte("0"), 0); err != nil {
+		t.Error(err)
+	}
+}
+
+// awaitCgroup is 1 if the closer of a pair is known, whose cgroup has to be that of a directory.
+func (r *recorder) awaitCgroup(t *testing.T, ns *kerneltest.Namespace, p *pair, dir string) int {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	c := r.await(t, ns.Inode, p.flow, track.Opened, soon).Conn
+	p.closeFD(&p.peer)
+	if !c.Process.Known() {
+		return 0
+	}
+	if c.Process.Cgroup != st.Ino {
+		t.Errorf("closed in cgroup %d, and its record says %d", st.Ino, c.Process.Cgroup)
+	}
+	return 1
 }
 
 // delayedACK is how long an ACK is put off at most (TCP_DELACK_MIN).

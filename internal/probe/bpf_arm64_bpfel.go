@@ -56,6 +56,9 @@ type bpfCpu struct {
 	Turn     uint64
 	Allowed  uint32
 	Hz       uint32
+	Set      uint64
+	Read     uint64
+	Cgroup   uint64
 	Who      bpfCloser
 }
 
