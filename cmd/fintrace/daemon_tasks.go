@@ -23,6 +23,9 @@ func (d *daemon) loop(ctx context.Context) error {
 	if err := d.probe.Attach(); err != nil {
 		return err
 	}
+	if err := d.probe.KeepHandovers(); err != nil { // While it may.
+		return err
+	}
 	d.confine()
 	giveBack()
 	if err := d.watch.seed(ctx); err != nil {

@@ -104,6 +104,9 @@ func (w *watch) seed(ctx context.Context) error {
 
 // run goes on until ctx ends.
 func (w *watch) run(ctx context.Context) error {
+	if err := w.probe.KeepHandovers(); err != nil {
+		return err
+	}
 	settle()
 	timer := time.NewTimer(0)
 	defer timer.Stop()

@@ -15,7 +15,7 @@ import (
 )
 
 const (
-	startRounds  = 3
+	startRounds  = 5
 	startSockets = 100_000
 	startBar     = 300 * time.Millisecond
 	idleBar      = 0.1 // percent of a processor

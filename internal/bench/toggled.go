@@ -142,7 +142,7 @@ func toggleable() (programs [toggledPrograms]toggle, closeAll func() error, err 
 		return programs, nil, errors.Join(err, empty.Close(), none.Close())
 	}
 	// There is no ring to read before it is attached once.
-	if err := errors.Join(p.Attach(), p.Detach()); err != nil {
+	if err := errors.Join(p.Attach(), p.KeepHandovers(), p.Detach()); err != nil {
 		return programs, nil, errors.Join(err, p.Close(), empty.Close(), none.Close())
 	}
 	stop, stopped := make(chan struct{}), make(chan error, 1)

@@ -175,7 +175,7 @@ func fetch(ctx context.Context, wanted []kernel) (there []kernel, err error) {
 var testPackages = []string{"internal/kerneltest", "internal/probe", "cmd/fintrace"}
 
 // testsOfCommand are those of cmd/fintrace.
-const testsOfCommand = "^(TestKernel|TestFoundAtStart|TestListAgreesWithSS|TestLosses|TestUnsent|TestCgroups|TestChurn|TestKernelScript|TestBare|TestFeatures|TestJiffiesWrap)$"
+const testsOfCommand = "^(TestKernel|TestFoundAtStart|TestListAgreesWithSS|TestLosses|TestUnsent|TestCgroups|TestCgroupsInTurn|TestChurn|TestKernelScript|TestBare|TestFeatures|TestJiffiesWrap)$"
 
 // steps is what runs in a guest; tests limits it to some of cmd/fintrace.
 func steps(tests string) []step {

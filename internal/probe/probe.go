@@ -213,9 +213,6 @@ func (p *Probe) Attach() (err error) {
 		if p.ring, err = newRing(p.objects.Ring); err != nil {
 			return thisHost().explain(fmt.Errorf("map the ring buffer: %w", err))
 		}
-		if err := p.makeHeirs(); err != nil {
-			return thisHost().explain(err)
-		}
 	}
 	p.attached, err = link.AttachTracing(link.TracingOptions{Program: p.objects.OnSetState})
 	if err != nil {
@@ -235,20 +232,23 @@ func (p *Probe) Detach() error {
 	return err
 }
 
-// makeHeirs gives the kernel side its memory for the handovers that it does not send.
-func (p *Probe) makeHeirs() error {
+// KeepHandovers gives the kernel side its memory for the handovers that it does not
+// send, some megabytes; until then it sends all. Where all are wanted it does nothing,
+// nor again.
+func (p *Probe) KeepHandovers() error {
 	if p.part == nil {
 		return nil
 	}
 	for i := range p.objects.Heirs.MaxEntries() {
 		part, err := ebpf.NewMap(p.part)
 		if err != nil {
-			return fmt.Errorf("make a map for handovers: %w", err)
+			return thisHost().explain(fmt.Errorf("make a map for handovers: %w", err))
 		}
 		if err := errors.Join(p.objects.Heirs.Put(i, part), part.Close()); err != nil {
-			return fmt.Errorf("add a map for handovers: %w", err)
+			return thisHost().explain(fmt.Errorf("add a map for handovers: %w", err))
 		}
 	}
+	p.part = nil
 	return nil
 }
 
