@@ -5,17 +5,12 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/netip"
 	"os"
@@ -33,6 +28,7 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 	"github.com/fintrace/fintrace/internal/kerneltest"
 	"github.com/fintrace/fintrace/internal/report"
+	"github.com/fintrace/fintrace/internal/selfsigned"
 )
 
 // An interval is when something happened, as well as the test can know.
@@ -406,23 +402,12 @@ func (tr *jsonTrace) end(t *testing.T) (lost int) {
 // writeCertificate writes a certificate and its key into a file.
 func writeCertificate(t *testing.T, dir string) (path string) {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	certificate, key, err := selfsigned.PEM(x509.Certificate{DNSNames: []string{"localhost"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(time.Hour)}
-	certificate, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	both := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})...)
 	path = filepath.Join(dir, "certificate.pem")
-	if err := os.WriteFile(path, both, 0o600); err != nil {
+	if err := os.WriteFile(path, append(certificate, key...), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return path

@@ -4,16 +4,11 @@ package main
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"os/exec"
@@ -21,6 +16,8 @@ import (
 	"runtime"
 	"syscall"
 	"time"
+
+	"github.com/fintrace/fintrace/internal/selfsigned"
 )
 
 // A proxied load is requests to a real HAProxy that ends TLS, as many at once as
@@ -159,12 +156,12 @@ func startHAProxy(dir string) (end func() error, err error) {
 		return nil, errors.New("haproxy is not installed")
 	}
 	certificate, config := filepath.Join(dir, "bench.pem"), filepath.Join(dir, "haproxy.cfg")
-	text, err := selfSigned()
+	signed, key, err := selfsigned.PEM(x509.Certificate{DNSNames: []string{"bench"}})
 	if err != nil {
 		return nil, err
 	}
 	if err := errors.Join(
-		os.WriteFile(certificate, text, 0o600),
+		os.WriteFile(certificate, append(signed, key...), 0o600),
 		os.WriteFile(config, fmt.Appendf(nil, haproxyConfig, proxyAddr, certificate, serverAddr), 0o600),
 	); err != nil {
 		return nil, err
@@ -198,27 +195,4 @@ func startHAProxy(dir string) (end func() error, err error) {
 			return nil, errors.Join(fmt.Errorf("haproxy does not answer: %w", err), end())
 		}
 	}
-}
-
-// selfSigned is a certificate and its key, in PEM.
-func selfSigned() ([]byte, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	now := time.Now()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{"bench"},
-		NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour),
-	}
-	certificate, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return nil, err
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
-	return append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})...), nil
 }

@@ -3,14 +3,9 @@
 package config
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
-	"encoding/pem"
 	"io"
 	"log/slog"
-	"math/big"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -31,6 +26,7 @@ import (
 
 	"github.com/fintrace/fintrace/internal/alert"
 	"github.com/fintrace/fintrace/internal/golden"
+	"github.com/fintrace/fintrace/internal/selfsigned"
 )
 
 // same compares settings, wherever they were written.
@@ -240,21 +236,11 @@ func TestOtherFiles(t *testing.T) {
 // keyPair is a certificate and its key, in PEM.
 func keyPair(t *testing.T) (cert, key string) {
 	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	c, k, err := selfsigned.PEM(x509.Certificate{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := x509.Certificate{SerialNumber: big.NewInt(1)}
-	der, err := x509.CreateCertificate(rand.Reader, &template, &template, &private.PublicKey, private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	secret, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
-		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret}))
+	return string(c), string(k)
 }
 
 // TestLabels: a label of the user's own is none of those that tell alerts apart.

@@ -5,12 +5,8 @@ package web
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -25,6 +21,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/fintrace/fintrace/internal/selfsigned"
 )
 
 // A served is a Serve that is under way.
@@ -197,36 +195,23 @@ func TestServeRefusals(t *testing.T) {
 // certificate writes one for 127.0.0.1, and returns who trusts it.
 func certificate(t *testing.T, dir, serial string) *x509.CertPool {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
 	number, _ := new(big.Int).SetString(serial, 10)
-	template := &x509.Certificate{
+	certificate, key, err := selfsigned.PEM(x509.Certificate{
 		SerialNumber: number,
-		NotBefore:    time.Now().Add(-time.Hour),
-		NotAfter:     time.Now().Add(time.Hour),
 		IPAddresses:  []net.IP{netip.MustParseAddr("127.0.0.1").AsSlice()},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	secret, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, block := range map[string]*pem.Block{"cert.pem": {Type: "CERTIFICATE", Bytes: der}, "key.pem": {Type: "PRIVATE KEY", Bytes: secret}} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+	for name, text := range map[string][]byte{"cert.pem": certificate, "key.pem": key} {
+		if err := os.WriteFile(filepath.Join(dir, name), text, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
 	pool := x509.NewCertPool()
-	pool.AddCert(c)
+	if !pool.AppendCertsFromPEM(certificate) {
+		t.Fatal("no certificate in PEM")
+	}
 	return pool
 }
 
