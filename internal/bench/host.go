@@ -42,9 +42,9 @@ type tracedHost struct {
 	*contender
 	made loaded // in the last round
 
-	rates, latencies []float64 // of each round: connections per second, µs p99
-	lost             []float64 // percent of connections per second, against no tracer in the same round
-	slower           []float64 // percent of p99, the same
+	latencies []float64 // of each round: µs p99
+	lost      []float64 // percent of connections per second, against no tracer in the same round
+	slower    []float64 // percent of p99, the same
 }
 
 func (s *suite) host(ctx context.Context) (section, error) {
@@ -148,7 +148,6 @@ func hostRound(ctx context.Context, round int, hosts []*tracedHost) error {
 		if h.err != nil {
 			continue
 		}
-		h.rates = append(h.rates, h.made.perSecond())
 		h.latencies = append(h.latencies, float64(h.made.P99)/float64(time.Microsecond))
 		h.lost = append(h.lost, 100*(1-h.made.perSecond()/free.made.perSecond()))
 		h.slower = append(h.slower, 100*(float64(h.made.P99)/float64(free.made.P99)-1))
