@@ -34,13 +34,48 @@ func (t *Tracker) Oldest(now events.Time, selected func(*Conn) bool) Order {
 			o.dated = append(o.dated, dated{c.since, i})
 		}
 	})
-	slices.SortFunc(o.dated, func(a, b dated) int {
-		if a.since != b.since {
-			return cmp.Compare(a.since, b.since)
+	o.dated = sortSince(o.dated)
+	for from, to := 0, 0; from < len(o.dated); from = to {
+		for to = from + 1; to < len(o.dated) && o.dated[to].since == o.dated[from].since; to++ {
 		}
-		return cmp.Compare(t.slab.at(a.index).cookie, t.slab.at(b.index).cookie)
-	})
+		slices.SortFunc(o.dated[from:to], func(a, b dated) int {
+			return cmp.Compare(t.slab.at(a.index).cookie, t.slab.at(b.index).cookie)
+		})
+	}
 	return o
+}
+
+// sortSince sorts, a digit at a time: of very many several times as fast as by comparing
+// them. What it is given is overwritten.
+func sortSince(all []dated) []dated {
+	if len(all) == 0 {
+		return all
+	}
+	first, last := all[0].since, all[0].since
+	for _, d := range all {
+		first, last = min(first, d.since), max(last, d.since)
+	}
+	const digit = 11 // bits
+	sorted := make([]dated, len(all))
+	for shift := 0; uint64(last-first)>>shift != 0; shift += digit {
+		var place [1 << digit]int
+		at := func(d *dated) *int { return &place[uint64(d.since-first)>>shift%(1<<digit)] }
+		for i := range all {
+			*at(&all[i])++
+		}
+		before := 0
+		for i, n := range place {
+			place[i] = before
+			before += n
+		}
+		for i := range all {
+			n := at(&all[i])
+			sorted[*n] = all[i]
+			*n++
+		}
+		all, sorted = sorted, all
+	}
+	return all
 }
 
 // Len is how many there are.
