@@ -165,7 +165,23 @@ struct sock_common {
 };
 
 struct inode {
+	short unsigned int i_mode;
 	long unsigned int i_ino;
+};
+
+struct file {
+	struct inode *f_inode;
+	void *private_data;
+};
+
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+	long unsigned int *open_fds;
+};
+
+struct files_struct {
+	struct fdtable *fdt;
 };
 
 struct socket {
@@ -237,6 +253,8 @@ struct task_struct {
 	struct nsproxy *nsproxy;
 	struct css_set *cgroups;
 	struct task_struct *group_leader;
+	struct files_struct *files;
+	int pid;
 	int tgid;
 	u64 start_boottime;
 	char comm[16];
@@ -258,7 +276,10 @@ struct bpf_iter__tcp {
 	struct sock_common *sk_common;
 };
 
-struct file;
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+};
 
 struct bpf_iter__task_file {
 	struct bpf_iter_meta *meta;

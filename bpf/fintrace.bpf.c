@@ -186,9 +186,6 @@ __u64 time_wait_since; /* ns of the boot clock */
 /* How many handovers a CPU sends in each turn that begins from now on. */
 __u32 allowance;
 
-/* The state of the sockets whose owners are asked for. */
-__u8 owned_state;
-
 /*
  * Most often nothing is configured: that is a program of its own, with constants
  * for the configuration, whose page it would else have to look up each time. What
@@ -770,55 +767,6 @@ int snapshot(struct bpf_iter__tcp *ctx)
 	return 0;
 }
 
-/* A process that has a socket open. */
-struct owner {
-	__u64 inode; /* the socket's */
-	__u64 began; /* ns, CLOCK_BOOTTIME */
-	__u64 cgroup;
-	__u64 comm[COMM_LEN / 8];
-	__u32 pid;
-	__u32 padding;
-};
-
-/* As write_row(). */
-static __noinline void write_owner(struct seq_file *seq, struct owner *o)
-{
-	bpf_seq_write(seq, o, sizeof(*o));
-}
-
-/* The files of all processes. */
-SEC("iter/task_file")
-int owners(struct bpf_iter__task_file *ctx)
-{
-	struct task_struct *task = ctx->task;
-	struct file *file = ctx->file;
-	struct owner o = {};
-	struct socket *socket;
-	const struct task_struct *leader;
-	const __u64 *comm;
-	struct sock *sk;
-
-	if (!task || !file)
-		return 0;
-	socket = bpf_sock_from_file(file);
-	if (!socket)
-		return 0;
-	sk = socket->sk;
-	/* The state first: most have another, and the protocol is far from it. */
-	if (!sk || sk->__sk_common.skc_state != owned_state || sk->sk_protocol != IPPROTO_TCP)
-		return 0;
-	o.inode = BPF_CORE_READ((struct socket_alloc *)socket, vfs_inode.i_ino);
-	o.cgroup = task->cgroups->dfl_cgrp->kn->id;
-	o.pid = task->tgid;
-	leader = task->group_leader;
-	o.began = leader->start_boottime;
-	comm = (const void *)leader->comm;
-	o.comm[0] = comm[0];
-	o.comm[1] = comm[1];
-	write_owner(ctx->meta->seq, &o);
-	return 0;
-}
-
 /*
  * The walk: the sockets of all network namespaces straight from the kernel's
  * hash tables, as the kernel's own lookups read them, under RCU and without a
@@ -1110,6 +1058,194 @@ int walk(void *ctx)
 		return 0;
 	bpf_loop(s->sockets, show_socket, &w, 0);
 	bpf_loop(s->picked, show_minisock, &w, 0);
+	return 0;
+}
+
+enum {
+	DESCRIPTORS = 4096, /* of a process: looked at in one run */
+	AT_ONCE = 16,	    /* of them */
+	S_IFMT = 0170000,
+	S_IFSOCK = 0140000,
+};
+
+/* What a process holds: some of it, until it is taken. */
+struct holdings {
+	__u64 task;  /* address, compared only */
+	__u64 began; /* ns, CLOCK_BOOTTIME */
+	__u64 cgroup;
+	__u64 comm[COMM_LEN / 8];
+	__u32 pid;
+	__u32 next;   /* of its descriptors, to look at */
+	__u32 filled; /* inodes; whoever takes them sets it to 0 */
+	__u8 state;   /* asked: of the sockets */
+	__u8 padding[3];
+	__u64 inodes[DESCRIPTORS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct holdings);
+} holdings SEC(".maps");
+
+static __always_inline void describe_holder(struct holdings *h, const struct task_struct *task)
+{
+	const struct task_struct *leader = task->group_leader;
+	const __u64 *comm = (const void *)leader->comm;
+
+	h->pid = task->tgid;
+	h->cgroup = task->cgroups->dfl_cgrp->kn->id;
+	h->began = leader->start_boottime;
+	h->comm[0] = comm[0];
+	h->comm[1] = comm[1];
+}
+
+/* A part of a table of descriptors. */
+struct descriptors {
+	struct holdings *holdings;
+	__u64 files; /* where the first of the part is: addresses of files */
+	__u64 open;  /* where its bit is */
+};
+
+/*
+ * Of some descriptors, those that may be of sockets in the state: a step of all at a
+ * time, see the walk. What has other private data than a socket leads anywhere.
+ */
+static long pick_descriptors(__u64 i, struct descriptors *d)
+{
+	__u64 first = i * AT_ONCE, at[AT_ONCE];
+	struct holdings *h = d->holdings;
+	__u32 filled = h->filled;
+	__u8 state = h->state;
+
+	if (!(word(d->open + first / 64 * 8) >> first % 64 & ((1 << AT_ONCE) - 1)))
+		return 0;
+#pragma unroll
+	for (int j = 0; j < AT_ONCE; j++)
+		at[j] = word(d->files + (first + j) * 8);
+#pragma unroll
+	for (int j = 0; j < AT_ONCE; j++)
+		at[j] = word(at[j] + bpf_core_field_offset(struct file, private_data));
+#pragma unroll
+	for (int j = 0; j < AT_ONCE; j++)
+		at[j] = word(at[j] + bpf_core_field_offset(struct socket, sk));
+#pragma unroll
+	for (int j = 0; j < AT_ONCE; j++) {
+		if (filled >= DESCRIPTORS)
+			return 1;
+		h->inodes[filled] = first + j;
+		filled += AT(struct sock_common, at[j])->skc_state == state;
+	}
+	h->filled = filled;
+	return 0;
+}
+
+/*
+ * From a descriptor to the number of a socket's inode. RCU keeps the memory of files and
+ * inodes what it is, but not of the same file: so that is looked at again. What is open
+ * and has the inode of a socket is a socket, or was opened with O_PATH and has no private
+ * data.
+ */
+static long find_inode(__u64 i, struct descriptors *d)
+{
+	struct holdings *h = d->holdings;
+	__u32 filled = h->filled;
+	const struct inode *inode;
+	const struct file *file;
+	__u64 slot, address;
+
+	if (i >= DESCRIPTORS || filled >= DESCRIPTORS)
+		return 1;
+	slot = d->files + h->inodes[i] * 8;
+	address = word(slot);
+	file = AT(struct file, address);
+	inode = AT(struct inode, file->f_inode);
+	h->inodes[filled] = inode->i_ino;
+	h->filled = filled + ((inode->i_mode & S_IFMT) == S_IFSOCK & word(slot) == address);
+	return 0;
+}
+
+/*
+ * All processes that have sockets in a state, and which: straight from their tables of
+ * descriptors. It stops for its holdings to be taken, and to be away from the processor
+ * for a moment, and goes on in the same process.
+ */
+SEC("iter/task")
+int owners(struct bpf_iter__task *ctx)
+{
+	const struct files_struct *files;
+	const struct task_struct *task;
+	const struct fdtable *table;
+	struct descriptors d;
+	struct holdings *h;
+	__u32 zero = 0, left, picked;
+
+	if (!ctx->task)
+		return 0;
+	task = AT(struct task_struct, ctx->task);
+	files = task->files;
+	if (!files || (task->pid != task->tgid && files == task->group_leader->files))
+		return 0;
+	h = bpf_map_lookup_elem(&holdings, &zero);
+	if (!h)
+		return 0;
+	if (h->task != (__u64)task) {
+		h->task = (__u64)task;
+		h->next = 0;
+	}
+	table = files->fdt;
+	if (h->next >= table->max_fds)
+		return 0;
+	left = table->max_fds - h->next;
+	if (left > DESCRIPTORS)
+		left = DESCRIPTORS;
+	d.holdings = h;
+	d.files = (__u64)table->fd + h->next * 8;
+	d.open = (__u64)table->open_fds + h->next / 8;
+	bpf_loop(left / AT_ONCE, pick_descriptors, &d, 0);
+	picked = h->filled;
+	h->filled = 0;
+	bpf_loop(picked, find_inode, &d, 0);
+	h->next += left;
+	/* Of a process that ends meanwhile the table is not kept by RCU. */
+	if (task->files != files)
+		h->filled = 0;
+	if (h->filled)
+		describe_holder(h, task);
+	return h->filled || h->next < table->max_fds;
+}
+
+/* The same before Linux 6.2, which lacks what that takes: file by file. */
+SEC("iter/task_file")
+int owners_by_file(struct bpf_iter__task_file *ctx)
+{
+	const struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct socket *socket;
+	struct holdings *h;
+	__u32 zero = 0, filled;
+	struct sock *sk;
+
+	if (!task || !file)
+		return 0;
+	socket = bpf_sock_from_file(file);
+	h = bpf_map_lookup_elem(&holdings, &zero);
+	if (!socket || !h)
+		return 0;
+	sk = socket->sk;
+	if (!sk || sk->__sk_common.skc_state != h->state)
+		return 0;
+	filled = h->filled;
+	if (!filled) {
+		h->task = (__u64)task;
+		describe_holder(h, task);
+	}
+	if (h->task != (__u64)task || filled >= DESCRIPTORS)
+		return 1;
+	h->inodes[filled] = BPF_CORE_READ((struct socket_alloc *)socket, vfs_inode.i_ino);
+	h->filled = filled + 1;
 	return 0;
 }
 

@@ -291,7 +291,7 @@ func (w *watch) reconcile(ctx context.Context) error {
 	losses, unsent := w.counters.Lost+w.counters.Missed, w.counters.Unsent
 	began, spent := probe.Now(), processorTime()
 	var (
-		owners *probe.Owners
+		owners = new(probe.Owners)
 		cov    events.Coverage
 		err    error
 	)
@@ -316,14 +316,9 @@ func (w *watch) reconcile(ctx context.Context) error {
 				return drained
 			})
 		})
-		owners = w.probe.FirstOwners()
 		var unowned []uint64
 		inLoop(func() error {
-			w.tracker.Unowned(func(inode uint64) {
-				if !owners.Of(inode).Known() {
-					unowned = append(unowned, inode)
-				}
-			})
+			unowned = w.tracker.Unowned()
 			return nil
 		})
 		inLoop(nothing)

@@ -251,7 +251,7 @@ type Socket struct {
 	Stage    Stage
 	Timers   Timers // without Handover, RTO and Linger2 are unknown (0) for a minisock
 	Accepted bool
-	Process  Process // with Handover, who closed; who holds one the socket does not show
+	Process  Process // with Handover, who closed; of a held one who holds it, if that is known
 	Handover Time    // when it became a minisock, if there was no Event of that; 0 unknown
 
 	LastAck time.Duration // since the peer last acknowledged; full sockets only

@@ -88,19 +88,23 @@ type bpfEvent struct {
 	Comm       [2]uint64
 }
 
-type bpfKnown struct {
-	_    structs.HostLayout
-	Bits [65536]uint64
-}
-
-type bpfOwner struct {
+type bpfHoldings struct {
 	_       structs.HostLayout
-	Inode   uint64
+	Task    uint64
 	Began   uint64
 	Cgroup  uint64
 	Comm    [2]uint64
 	Pid     uint32
-	Padding uint32
+	Next    uint32
+	Filled  uint32
+	State   uint8
+	Padding [3]uint8
+	Inodes  [4096]uint64
+}
+
+type bpfKnown struct {
+	_    structs.HostLayout
+	Bits [65536]uint64
 }
 
 type bpfRow struct {
@@ -156,17 +160,18 @@ const (
 	bpfMapClosers               = "closers"
 	bpfMapCpus                  = "cpus"
 	bpfMapHeirs                 = "heirs"
+	bpfMapHoldings              = "holdings"
 	bpfMapKnown                 = "known"
 	bpfMapRing                  = "ring"
 	bpfMapScratches             = "scratches"
 	bpfProgOnSetState           = "on_set_state"
 	bpfProgOnSetStateConfigured = "on_set_state_configured"
 	bpfProgOwners               = "owners"
+	bpfProgOwnersByFile         = "owners_by_file"
 	bpfProgSnapshot             = "snapshot"
 	bpfProgWalk                 = "walk"
 	bpfVarAllowance             = "allowance"
 	bpfVarConfig                = "config"
-	bpfVarOwnedState            = "owned_state"
 	bpfVarTimeWaitSince         = "time_wait_since"
 )
 
@@ -215,6 +220,7 @@ type bpfProgramSpecs struct {
 	OnSetState           *ebpf.ProgramSpec `ebpf:"on_set_state"`
 	OnSetStateConfigured *ebpf.ProgramSpec `ebpf:"on_set_state_configured"`
 	Owners               *ebpf.ProgramSpec `ebpf:"owners"`
+	OwnersByFile         *ebpf.ProgramSpec `ebpf:"owners_by_file"`
 	Snapshot             *ebpf.ProgramSpec `ebpf:"snapshot"`
 	Walk                 *ebpf.ProgramSpec `ebpf:"walk"`
 }
@@ -227,6 +233,7 @@ type bpfMapSpecs struct {
 	Closers   *ebpf.MapSpec `ebpf:"closers"`
 	Cpus      *ebpf.MapSpec `ebpf:"cpus"`
 	Heirs     *ebpf.MapSpec `ebpf:"heirs"`
+	Holdings  *ebpf.MapSpec `ebpf:"holdings"`
 	Known     *ebpf.MapSpec `ebpf:"known"`
 	Ring      *ebpf.MapSpec `ebpf:"ring"`
 	Scratches *ebpf.MapSpec `ebpf:"scratches"`
@@ -238,7 +245,6 @@ type bpfMapSpecs struct {
 type bpfVariableSpecs struct {
 	Allowance     *ebpf.VariableSpec `ebpf:"allowance"`
 	Config        *ebpf.VariableSpec `ebpf:"config"`
-	OwnedState    *ebpf.VariableSpec `ebpf:"owned_state"`
 	TimeWaitSince *ebpf.VariableSpec `ebpf:"time_wait_since"`
 }
 
@@ -266,6 +272,7 @@ type bpfMaps struct {
 	Closers   *ebpf.Map `ebpf:"closers"`
 	Cpus      *ebpf.Map `ebpf:"cpus"`
 	Heirs     *ebpf.Map `ebpf:"heirs"`
+	Holdings  *ebpf.Map `ebpf:"holdings"`
 	Known     *ebpf.Map `ebpf:"known"`
 	Ring      *ebpf.Map `ebpf:"ring"`
 	Scratches *ebpf.Map `ebpf:"scratches"`
@@ -277,6 +284,7 @@ func (m *bpfMaps) Close() error {
 		m.Closers,
 		m.Cpus,
 		m.Heirs,
+		m.Holdings,
 		m.Known,
 		m.Ring,
 		m.Scratches,
@@ -289,7 +297,6 @@ func (m *bpfMaps) Close() error {
 type bpfVariables struct {
 	Allowance     *ebpf.Variable `ebpf:"allowance"`
 	Config        *ebpf.Variable `ebpf:"config"`
-	OwnedState    *ebpf.Variable `ebpf:"owned_state"`
 	TimeWaitSince *ebpf.Variable `ebpf:"time_wait_since"`
 }
 
@@ -300,6 +307,7 @@ type bpfPrograms struct {
 	OnSetState           *ebpf.Program `ebpf:"on_set_state"`
 	OnSetStateConfigured *ebpf.Program `ebpf:"on_set_state_configured"`
 	Owners               *ebpf.Program `ebpf:"owners"`
+	OwnersByFile         *ebpf.Program `ebpf:"owners_by_file"`
 	Snapshot             *ebpf.Program `ebpf:"snapshot"`
 	Walk                 *ebpf.Program `ebpf:"walk"`
 }
@@ -309,6 +317,7 @@ func (p *bpfPrograms) Close() error {
 		p.OnSetState,
 		p.OnSetStateConfigured,
 		p.Owners,
+		p.OwnersByFile,
 		p.Snapshot,
 		p.Walk,
 	)

@@ -17,7 +17,6 @@ import (
 const (
 	eventSize = int(unsafe.Sizeof(bpfEvent{}))
 	rowSize   = int(unsafe.Sizeof(bpfRow{}))
-	ownerSize = int(unsafe.Sizeof(bpfOwner{}))
 
 	rcvShutdown = 1 // RCV_SHUTDOWN, include/net/sock.h
 	sndShutdown = 2 // SEND_SHUTDOWN

@@ -45,7 +45,7 @@ func Features() []Feature {
 		{"walk of the socket tables", func() (bool, error) { return canWalk(btf.NewCache()) },
 			"socket tables are read without a lock, by iter/tcp only for what has no cookie yet", "socket tables are read by iter/tcp alone"},
 		{"owners of sockets by iterator", func() (bool, error) { return showsOwners(btf.NewCache()) },
-			"who holds a connection, by iter/task_file", "who holds a connection, by /proc/PID/fd"},
+			"who holds a connection, by the files of all processes in the kernel", "who holds a connection, by /proc/PID/fd"},
 		{"entry stamp of minisocks", hasEntryStamp,
 			"minisocks that were there before are dated exactly", "minisocks that were there before are dated by their timer: a lower bound"},
 		{"count of skipped events", countsMisses,

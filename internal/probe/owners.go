@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -15,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -25,31 +25,54 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 )
 
-// An ownerIterator goes through the files of all processes for the sockets in a state.
-type ownerIterator struct {
+// An ownerFinder goes through the files of all processes for the sockets in a state.
+type ownerFinder struct {
 	iterator *link.Iter
-	state    *ebpf.Variable
+	holdings mapped[bpfHoldings]
 }
 
-// newOwnerIterator returns nil and no error where the kernel lacks what it takes.
-func newOwnerIterator(spec *ebpf.CollectionSpec, kernel *btf.Cache) (*ownerIterator, error) {
+// ownersAlone are the programs for it, and what they need: for them to be loaded beside the others.
+func ownersAlone(spec *ebpf.CollectionSpec) *ebpf.CollectionSpec {
+	return &ebpf.CollectionSpec{
+		Programs: map[string]*ebpf.ProgramSpec{
+			bpfProgOwners:       spec.Programs[bpfProgOwners],
+			bpfProgOwnersByFile: spec.Programs[bpfProgOwnersByFile],
+		},
+		Maps:      map[string]*ebpf.MapSpec{bpfMapHoldings: spec.Maps[bpfMapHoldings]},
+		Types:     spec.Types,
+		ByteOrder: spec.ByteOrder,
+	}
+}
+
+// newOwnerFinder returns nil and no error where the kernel lacks what it takes.
+func newOwnerFinder(spec *ebpf.CollectionSpec, kernel *btf.Cache) (_ *ownerFinder, err error) {
 	if there, err := showsOwners(kernel); err != nil || !there {
 		return nil, err
 	}
+	if there, err := canWalk(kernel); err != nil {
+		return nil, err
+	} else if !there {
+		spec.Programs[bpfProgOwners] = spec.Programs[bpfProgOwnersByFile]
+	}
 	var objects struct {
-		Owners *ebpf.Program  `ebpf:"owners"`
-		State  *ebpf.Variable `ebpf:"owned_state"`
+		Owners   *ebpf.Program `ebpf:"owners"`
+		Holdings *ebpf.Map     `ebpf:"holdings"`
 	}
 	if err := spec.LoadAndAssign(&objects, &ebpf.CollectionOptions{Cache: kernel}); err != nil {
-		return nil, fmt.Errorf("load the iterator of files: %w", err)
+		return nil, fmt.Errorf("load the look at the files of processes: %w", err)
 	}
-	defer objects.Owners.Close() // The link keeps it.
-	iterator, err := link.AttachIter(link.IterOptions{Program: objects.Owners})
-	if err != nil {
-		return nil, fmt.Errorf("attach the iterator of files: %w", err)
+	defer func() { err = errors.Join(err, objects.Owners.Close(), objects.Holdings.Close()) }() // What is made of them keeps them.
+	o := new(ownerFinder)
+	if o.holdings, err = mapValue[bpfHoldings](objects.Holdings); err != nil {
+		return nil, err
 	}
-	return &ownerIterator{iterator, objects.State}, nil
+	if o.iterator, err = link.AttachIter(link.IterOptions{Program: objects.Owners}); err != nil {
+		return nil, errors.Join(fmt.Errorf("attach the look at the files of processes: %w", err), o.holdings.unmap())
+	}
+	return o, nil
 }
+
+func (o *ownerFinder) close() error { return errors.Join(o.iterator.Close(), o.holdings.unmap()) }
 
 // Owners are the processes that hold the sockets of these inodes, which are all in one
 // state. A socket that several processes hold is given to the one that began first: the
@@ -63,42 +86,38 @@ func (p *Probe) Owners(state events.State, inodes []uint64) (*Owners, error) {
 	case p.owners == nil:
 		return findOwners(inodes)
 	}
-	return p.allOwners(state)
+	return p.owners.find(state)
 }
 
-// FirstOwners are those of the connections that were in FIN_WAIT2 while the Probe was
-// opened, given once: to go through all files takes as long as to load the programs.
-// Who could not be looked at, or all where the kernel has no iterator of files, is
-// for Owners.
-func (p *Probe) FirstOwners() *Owners {
+// findFirstOwners makes the finder and has it look for those of the connections that
+// are in FIN_WAIT2 now, while the other programs are loaded. It returns at once; from
+// made comes that there is a finder, or why not.
+func (p *Probe) findFirstOwners(spec *ebpf.CollectionSpec, kernel *btf.Cache) (made <-chan error) {
+	spec = ownersAlone(spec)
+	errs := make(chan error, 1)
+	p.first = make(chan *Owners, 1)
+	go func() {
+		var err error
+		p.owners, err = newOwnerFinder(spec, kernel)
+		errs <- err
+		owners := new(Owners)
+		if p.owners != nil {
+			owners, _ = p.owners.find(events.FinWait2)
+		}
+		p.first <- owners
+	}()
+	return errs
+}
+
+// firstOwners are those, once. Who could not be looked at, or all where the kernel lacks
+// what it takes, is for Owners.
+func (p *Probe) firstOwners() *Owners {
 	if p.first == nil {
 		return new(Owners)
 	}
 	owners := <-p.first
 	p.first = nil
 	return owners
-}
-
-// findFirstOwners begins to look for them.
-func (p *Probe) findFirstOwners() {
-	if p.owners == nil {
-		return
-	}
-	p.first = make(chan *Owners, 1)
-	go func() {
-		owners, _ := p.allOwners(events.FinWait2)
-		p.first <- owners
-	}()
-}
-
-func (p *Probe) allOwners(state events.State) (*Owners, error) {
-	owners := new(Owners)
-	err := p.owners.find(state, owners)
-	owners.sort()
-	if err != nil {
-		err = fmt.Errorf("who holds a connection: %w", err)
-	}
-	return owners, err
 }
 
 // Owners are processes, and which sockets each holds.
@@ -146,27 +165,49 @@ func (o *Owners) sort() {
 	o.held = slices.CompactFunc(o.held, func(a, b heldSocket) bool { return a.inode == b.inode })
 }
 
-// find has the kernel look, which goes from process to process.
-func (o *ownerIterator) find(state events.State, owners *Owners) error {
-	if err := o.state.Set(uint8(state)); err != nil {
-		return err
+// find is all of them that hold sockets in a state; with an error, some.
+func (o *ownerFinder) find(state events.State) (*Owners, error) {
+	owners := new(Owners)
+	err := o.look(state, owners)
+	owners.sort()
+	if err != nil {
+		err = fmt.Errorf("who holds a connection: %w", err)
 	}
+	return owners, err
+}
+
+// look has the kernel go from process to process, where it stops for its holdings to be
+// taken.
+func (o *ownerFinder) look(state events.State, owners *Owners) error {
+	held := o.holdings.value
+	held.State, held.Filled, held.Task = uint8(state), 0, 0
 	files, err := o.iterator.Open()
 	if err != nil {
 		return err
 	}
 	defer files.Close()
-	return readRows(files, make([]byte, rowsPerRead*ownerSize), ownerSize, func(rows []byte) error {
-		for i := 0; i < len(rows); i += ownerSize {
-			raw := (*bpfOwner)(unsafe.Pointer(&rows[i]))
-			began, n := events.Time(raw.Began), len(owners.processes)
-			if n == 0 || owners.processes[n-1].process.PID != raw.Pid || owners.processes[n-1].began != began {
-				owners.processes = append(owners.processes, owner{process(raw.Pid, raw.Cgroup, &raw.Comm), began})
-			}
-			owners.holds(raw.Inode)
+	var none [1]byte
+	for more := true; more; {
+		_, err := files.Read(none[:])
+		switch {
+		case errors.Is(err, io.EOF):
+			more = false
+		case err != nil && !errors.Is(err, unix.EAGAIN):
+			return err
 		}
-		return nil
-	})
+		if held.Filled == 0 {
+			continue
+		}
+		began, n := events.Time(held.Began), len(owners.processes)
+		if n == 0 || owners.processes[n-1].process.PID != held.Pid || owners.processes[n-1].began != began {
+			owners.processes = append(owners.processes, owner{process(held.Pid, held.Cgroup, &held.Comm), began})
+		}
+		for _, inode := range held.Inodes[:held.Filled] {
+			owners.holds(inode)
+		}
+		held.Filled = 0
+	}
+	return nil
 }
 
 // findOwners looks through /proc/PID/fd for the sockets of inodes, where the kernel has

@@ -22,7 +22,7 @@ import (
 	"github.com/fintrace/fintrace/internal/events"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-Os -g -mcpu=v3 -Wall -Werror" -target amd64,arm64 -type event -type row -type owner bpf ../../bpf/fintrace.bpf.c
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -cflags "-Os -g -mcpu=v3 -Wall -Werror" -target amd64,arm64 -type event -type row bpf ../../bpf/fintrace.bpf.c
 
 // Options choose what the kernel side reports.
 type Options struct {
@@ -47,10 +47,10 @@ type Probe struct {
 	objects  objects
 	attached link.Link
 	iterator *link.Iter
-	owners   *ownerIterator // nil: the kernel lacks what it takes
-	first    chan *Owners   // what FirstOwners gives; nil: nothing
-	walker   *walker        // nil: the same
-	looked   events.Time    // when the last snapshot began
+	owners   *ownerFinder // nil: the kernel lacks what it takes
+	first    chan *Owners // of the first Snapshot; nil: it has them, or there are none
+	walker   *walker      // nil: the same
+	looked   events.Time  // when the last snapshot began
 	ring     *ring
 	part     *ebpf.MapSpec // of the heirs; nil where all handovers are sent
 	clock    clock
@@ -82,8 +82,8 @@ type Counters struct {
 }
 
 // Open loads the programs. Attach starts the records; Snapshot works without. It
-// begins the look for FirstOwners. An error is one line that says what is missing
-// and how to get it.
+// begins to look for the owners of the first Snapshot's sockets. An error is one line
+// that says what is missing and how to get it.
 func Open(opts Options) (_ *Probe, err error) {
 	clock, err := prepare()
 	if err != nil {
@@ -125,11 +125,9 @@ func Open(opts Options) (_ *Probe, err error) {
 		spec.Programs[bpfProgOnSetState] = spec.Programs[bpfProgOnSetStateConfigured]
 	}
 	types := btf.NewCache() // The kernel's are many: they are read once.
+	var finder <-chan error
 	if !opts.Plain {
-		if p.owners, err = newOwnerIterator(spec, types); err != nil {
-			return nil, err
-		}
-		p.findFirstOwners()
+		finder = p.findFirstOwners(spec, types)
 	}
 	if err := p.load(spec, config, types); err != nil {
 		if there, e := tracingHasCookie(); e != nil || there {
@@ -148,8 +146,10 @@ func Open(opts Options) (_ *Probe, err error) {
 	if opts.Plain {
 		return p, nil
 	}
-	p.walker, err = newWalker(spec, types, p.objects.Heirs)
-	return p, err
+	if p.walker, err = newWalker(spec, types, p.objects.Heirs); err != nil {
+		return nil, err
+	}
+	return p, <-finder
 }
 
 // handoversSent is how many connections that become minisocks each CPU sends in a
@@ -258,9 +258,9 @@ func (p *Probe) Close() error {
 	if p.iterator != nil {
 		errs = append(errs, p.iterator.Close())
 	}
+	p.firstOwners() // None is looked for any more.
 	if p.owners != nil {
-		p.FirstOwners() // None is looked for any more.
-		errs = append(errs, p.owners.iterator.Close())
+		errs = append(errs, p.owners.close())
 	}
 	if p.walker != nil {
 		errs = append(errs, p.walker.close())

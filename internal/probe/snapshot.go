@@ -29,7 +29,8 @@ const socketsAtOnce = 512
 // the listeners, the connections in FIN_WAIT2, and those minisocks that went
 // from FIN_WAIT2 to TIME_WAIT since the last Snapshot and whose cookies known
 // names; it may be called with some others. The listeners of a namespace come
-// before its connections. A slice stays as it is until the next call of fn returns.
+// before its connections. The first Snapshot after Open knows who holds them, of those
+// that were there then. A slice stays as it is until the next call of fn returns.
 // What could not be looked at is in the Coverage; the error is for when nothing could.
 func (p *Probe) Snapshot(known func(show func(cookie uint64)), fn func([]events.Socket)) (events.Coverage, error) {
 	cov := events.Coverage{Begin: Now(), Netns: map[uint32]events.NetnsCounters{}}
@@ -87,6 +88,7 @@ type look struct {
 	spaces *namespaces
 	lookup Lookup
 	fn     func([]events.Socket)
+	owners *Owners
 
 	tables    map[uint64]bool // those that the walker has been through
 	strangers map[uint32]bool // the namespaces of connections that have no cookie yet
@@ -96,6 +98,7 @@ type look struct {
 }
 
 func (l *look) begin(known func(func(uint64)), now events.Time) error {
+	l.owners = l.firstOwners()
 	since := l.looked
 	l.looked = now
 	switch {
@@ -168,6 +171,11 @@ func (l *look) next() *events.Socket {
 
 // handOn calls fn with the sockets.
 func (l *look) handOn() {
+	for i := range l.sockets {
+		if s := &l.sockets[i]; s.Stage == events.Held {
+			s.Process = l.owners.Of(s.Inode)
+		}
+	}
 	if len(l.sockets) > 0 {
 		l.fn(l.sockets)
 		l.sockets, l.before = l.before[:0], l.sockets

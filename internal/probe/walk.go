@@ -5,12 +5,9 @@ package probe
 import (
 	"errors"
 	"fmt"
-	"os"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
-	"golang.org/x/sys/unix"
 )
 
 // A walker reads the kernel's socket tables without a lock, several times as fast
@@ -21,9 +18,8 @@ type walker struct {
 		Batches *ebpf.Map     `ebpf:"batches"`
 		Known   *ebpf.Map     `ebpf:"known"`
 	}
-	batch  *bpfBatch
-	known  *bpfKnown
-	mapped [][]byte
+	batch  mapped[bpfBatch]
+	known  mapped[bpfKnown]
 	chains uint32 // walked at once
 }
 
@@ -53,10 +49,10 @@ func newWalker(spec *ebpf.CollectionSpec, kernel *btf.Cache, heirs *ebpf.Map) (_
 	if err := spec.LoadAndAssign(&w.objects, &ebpf.CollectionOptions{Cache: kernel, MapReplacements: shared}); err != nil {
 		return nil, fmt.Errorf("load the walk of the socket tables: %w", err)
 	}
-	if w.batch, err = mapValue[bpfBatch](w, w.objects.Batches); err != nil {
+	if w.batch, err = mapValue[bpfBatch](w.objects.Batches); err != nil {
 		return nil, err
 	}
-	if w.known, err = mapValue[bpfKnown](w, w.objects.Known); err != nil {
+	if w.known, err = mapValue[bpfKnown](w.objects.Known); err != nil {
 		return nil, err
 	}
 	// The first run has cilium/ebpf load a program, to find out whether it can be
@@ -80,73 +76,58 @@ func canWalk(kernel *btf.Cache) (bool, error) {
 	return err == nil, err
 }
 
-// mapValue maps the one value of an array.
-func mapValue[T any](w *walker, m *ebpf.Map) (*T, error) {
-	page := os.Getpagesize()
-	size := (int(unsafe.Sizeof(*new(T))) + page - 1) &^ (page - 1)
-	memory, err := unix.Mmap(m.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return nil, fmt.Errorf("mmap the walk's memory: %w", err)
-	}
-	w.mapped = append(w.mapped, memory)
-	return (*T)(unsafe.Pointer(unsafe.SliceData(memory))), nil
-}
-
 func (w *walker) close() error {
-	var errs []error
-	for _, m := range w.mapped {
-		errs = append(errs, unix.Munmap(m))
-	}
-	for _, c := range []interface{ Close() error }{w.objects.Walk, w.objects.Batches, w.objects.Known} {
-		errs = append(errs, c.Close())
-	}
-	return errors.Join(errs...)
+	return errors.Join(w.batch.unmap(), w.known.unmap(),
+		w.objects.Walk.Close(), w.objects.Batches.Close(), w.objects.Known.Close())
 }
 
 // show makes the walk show the minisocks in TIME_WAIT that have these cookies.
 func (w *walker) show(known func(func(uint64))) {
-	clear(w.known.Bits[:])
+	bits := w.known.value.Bits[:]
+	clear(bits)
 	known(func(cookie uint64) {
 		bit := cookie % knownBits
-		w.known.Bits[bit/64] |= 1 << (bit % 64)
+		bits[bit/64] |= 1 << (bit % 64)
 	})
 }
 
 // table is the address of the hash tables that the calling thread's network
 // namespace has its sockets in: the host's, or its own (tcp_child_ehash_entries).
 func (w *walker) table() (uint64, error) {
-	w.batch.Begin, w.batch.End = 0, 0
+	b := w.batch.value
+	b.Begin, b.End = 0, 0
 	err := w.run()
-	return w.batch.Table, err
+	return b.Table, err
 }
 
 // walk calls fn with the sockets of the calling thread's tables, the listeners
 // first. The slice is reused.
 func (w *walker) walk(fn func([]bpfRow)) error {
+	b := w.batch.value
 	for _, listening := range []uint32{1, 0} {
-		w.batch.Listening, w.batch.Begin = listening, 0
+		b.Listening, b.Begin = listening, 0
 		for tries := 0; ; {
-			w.batch.End = w.batch.Begin + w.chains
+			b.End = b.Begin + w.chains
 			if err := w.run(); err != nil {
 				return err
 			}
 			tries++
-			if w.batch.Full != 0 {
+			if b.Full != 0 {
 				if w.chains == 1 {
 					return fmt.Errorf("walk the socket tables: more than %d sockets in one bucket", mostRows)
 				}
 				w.chains /= 2
 				continue
 			}
-			if w.batch.Strayed != 0 && tries < walkTries {
+			if b.Strayed != 0 && tries < walkTries {
 				continue
 			}
-			fn(w.batch.Rows[:w.batch.Filled])
-			if w.batch.End >= w.batch.Buckets {
+			fn(b.Rows[:b.Filled])
+			if b.End >= b.Buckets {
 				break
 			}
-			w.batch.Begin, tries = w.batch.End, 0
-			if w.batch.Filled < mostRows/2 {
+			b.Begin, tries = b.End, 0
+			if b.Filled < mostRows/2 {
 				w.chains = min(2*w.chains, mostChains)
 			}
 		}

@@ -206,24 +206,29 @@ func (t *Tracker) seed(s *events.Socket) {
 		t.dateClosed(c, s, 0)
 	}
 	t.arm(i)
-	if c.stage == events.Held {
+	switch {
+	case c.stage != events.Held:
+	case s.Process.Known():
+		c.closedBy = events.ByShutdown
+	default:
 		c.unsaid, t.unowned = true, true
 		return
 	}
 	t.notify(Opened, c, s.Time)
 }
 
-// Unowned calls fn with the inode of each held connection of the running snapshot
-// whose process is not known.
-func (t *Tracker) Unowned(fn func(inode uint64)) {
+// Unowned are the inodes of the held connections of the running snapshot whose process
+// is not known.
+func (t *Tracker) Unowned() (inodes []uint64) {
 	if !t.unowned {
-		return
+		return nil
 	}
 	t.slab.each(func(_ index, c *conn) {
 		if t.lacksOwner(c) {
-			fn(uint64(c.inode))
+			inodes = append(inodes, uint64(c.inode))
 		}
 	})
+	return inodes
 }
 
 func (t *Tracker) lacksOwner(c *conn) bool {
