@@ -353,6 +353,16 @@ static __always_inline void read_addresses(const struct sock_common *skc, __u8 *
 	r[3] = skc->skc_daddr;
 }
 
+/*
+ * The namespace of a socket. Of a pointer that comes from a helper: what comes of an
+ * argument of the tracepoint the verifier takes milliseconds to look up, by name
+ * (btf_nested_type_is_trusted(), kernel/bpf/verifier.c).
+ */
+static __always_inline const struct net *net_of(const struct tcp_sock *tp)
+{
+	return ((const struct sock *)tp)->__sk_common.skc_net.net;
+}
+
 /* tcp_fin_time(), include/net/tcp.h: how long the kernel lets FIN_WAIT2 last, in jiffies. */
 static __always_inline __s32 fin_time(const struct tcp_sock *tp, const struct net *net)
 {
@@ -396,7 +406,7 @@ static __noinline int send(struct sock *sk, struct tcp_sock *tp, int old_state, 
 		here->lost++;
 		return 0;
 	}
-	net = sk->__sk_common.skc_net.net;
+	net = net_of(tp);
 	e->time = bpf_ktime_get_boot_ns();
 	e->cookie = cookie_of(sk, CONFIGURED);
 	e->netns = net->ns.inum;
@@ -550,8 +560,7 @@ static __always_inline int changed(struct sock *sk, int old_state, int new_state
 		 * close(), may stay an orphan for all of its time.
 		 */
 		if (!all_states(mode) && is_dead(sk) && !sk->sk_lock.owned &&
-		    fin_time(tp, sk->__sk_common.skc_net.net) <=
-			    (__s32)hz(here) * TCP_TIMEWAIT_SECONDS) {
+		    fin_time(tp, net_of(tp)) <= (__s32)hz(here) * TCP_TIMEWAIT_SECONDS) {
 			/* Now, for the minisock to take it over. */
 			cookie_of(sk, mode);
 			here->entered = identify(sk);
@@ -1184,7 +1193,7 @@ int owners(struct bpf_iter__task *ctx)
 
 	if (!ctx->task)
 		return 0;
-	task = AT(struct task_struct, ctx->task);
+	task = AT(struct task_struct, ctx->task); /* as quick to verify as in net_of() */
 	files = task->files;
 	if (!files || (task->pid != task->tgid && files == task->group_leader->files))
 		return 0;
