@@ -37,7 +37,7 @@ type Options struct {
 	// RingBytes is the size of the ring buffer, a power of two and a multiple
 	// of the page size; 0 is the default of 4 MiB.
 	RingBytes int
-	// Plain does without the walk and the iterator of owners, as on kernels that
+	// Plain does without the walk and the look for owners, as on kernels that
 	// lack what they take.
 	Plain bool
 }
