@@ -55,6 +55,9 @@ func (s *slab) more() *chunk {
 func (s *slab) reuse(entries []tableEntry) {
 	clear(entries)
 	n := len(entries) * int(unsafe.Sizeof(tableEntry{})) / int(unsafe.Sizeof(chunk{}))
+	if n == 0 {
+		return
+	}
 	chunks := unsafe.Slice((*chunk)(unsafe.Pointer(unsafe.SliceData(entries))), n)
 	for i := range chunks {
 		s.spare = append(s.spare, &chunks[i])
