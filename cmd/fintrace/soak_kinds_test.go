@@ -100,13 +100,19 @@ var soakSteps = map[string]func(*soakLife) time.Duration{
 	"close": func(l *soakLife) time.Duration {
 		finTime := l.space.finTime(l)
 		l.close()
-		l.settle(l.peer, &l.closed, events.CloseWait, events.Close)
+		// One that is reset may have a copy yet, of a child that is about to run: were
+		// the peer closed before it, that would be what ends it.
+		resets, peer := finTime < 0 || l.resets, []events.State{events.Close}
+		if !resets {
+			peer = append(peer, events.CloseWait)
+		}
+		l.settle(l.peer, &l.closed, peer...)
 		l.tell(func(s *soakStory) {
 			if s.entered == (moment{}) {
 				s.entered = l.closed
 			}
 			s.closed, s.finTime = l.closed, finTime
-			if finTime < 0 || l.resets {
+			if resets {
 				s.leaves(l.closed, events.LocalReset)
 			}
 		})
