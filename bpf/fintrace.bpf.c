@@ -786,7 +786,7 @@ int snapshot(struct bpf_iter__tcp *ctx)
  */
 
 enum {
-	ROWS = 1024,
+	ROWS = 2048,
 	CHAINS = 8192,
 	MINISOCKS = 4 * CHAINS,
 	KNOWN_BITS = 1 << 22,

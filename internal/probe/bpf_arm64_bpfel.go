@@ -24,7 +24,7 @@ type bpfBatch struct {
 	Full      uint8
 	Strayed   uint8
 	Padding   [2]uint8
-	Rows      [1024]bpfRow
+	Rows      [2048]bpfRow
 }
 
 type bpfCloser struct {
@@ -148,7 +148,7 @@ type bpfScratch struct {
 	Head      uint64
 	Node      [8192]uint64
 	End       [8192]uint64
-	Socket    [1024]uint64
+	Socket    [2048]uint64
 	Minisock  [32768]uint64
 }
 

@@ -22,9 +22,9 @@ import (
 // buffer for it holds some 200 rows.
 const rowsPerRead = 512
 
-// socketsAtOnce is how many are handed on at once: what one run of the walk finds, so that
-// whoever is given them has the time of the next.
-const socketsAtOnce = mostRows
+// socketsAtOnce is how many are handed on at once: what one run of the walk finds, mostly,
+// so that whoever is given them has the time of the next.
+const socketsAtOnce = aimedRows
 
 // Snapshot walks the TCP sockets of every network namespace and calls fn with
 // the listeners, the connections in FIN_WAIT2, and those minisocks that went

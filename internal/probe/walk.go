@@ -26,6 +26,7 @@ type walker struct {
 const (
 	mostChains = uint32(len(bpfScratch{}.Node))
 	mostRows   = uint32(len(bpfBatch{}.Rows))
+	aimedRows  = mostRows / 2 // of a run; the rest is for buckets with very many
 	knownBits  = uint64(len(bpfKnown{}.Bits)) * 64
 	// walkTries is how often a part of a table is walked whose sockets move:
 	// to see one twice, or not the one that came meanwhile, is what any walk does.
@@ -127,8 +128,11 @@ func (w *walker) walk(fn func([]bpfRow)) error {
 				break
 			}
 			b.Begin, tries = b.End, 0
-			if b.Filled < mostRows/2 {
+			switch {
+			case b.Filled < aimedRows/2:
 				w.chains = min(2*w.chains, mostChains)
+			case b.Filled > aimedRows:
+				w.chains = max(w.chains/2, 1)
 			}
 		}
 	}
