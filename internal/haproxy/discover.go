@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -34,9 +35,10 @@ type Found struct {
 }
 
 // Limits on what the processes that call themselves haproxy make us do: the
-// time that one configuration may take, all that is read of them, how many of
-// them are looked at, and how many sockets are asked at once.
+// time that execve(2) may take them, and one configuration, all that is read of
+// them, how many of them are looked at, and how many sockets are asked at once.
 const (
+	execTime    = 200 * time.Millisecond
 	loadTime    = 2 * time.Second
 	loadAllTime = 5 * time.Second
 	maxBytes    = 2 * maxSourceBytes
@@ -77,6 +79,7 @@ type discovery struct {
 	procfs
 	o        DiscoverOptions
 	tasks    map[int]*task
+	inExec   map[int]bool // processes that could not be read for that
 	groups   []*group
 	budget   int64
 	problems []string
@@ -113,19 +116,29 @@ func (l *loaded) close() {
 	}
 }
 
-// scan reads all processes that are HAProxy.
+// scan reads all processes that are HAProxy. A master that is told to reload
+// runs itself again, which is over at once.
 func (d *discovery) scan() error {
 	pids, err := d.pids()
 	if err != nil {
 		return err
 	}
 	d.tasks = map[int]*task{}
-	for _, pid := range pids {
-		if t := d.task(pid); t != nil {
-			d.tasks[pid] = t
+	for deadline := time.Now().Add(execTime); ; time.Sleep(time.Millisecond) {
+		d.inExec = map[int]bool{}
+		for _, pid := range pids {
+			switch t, inExec := d.task(pid); {
+			case t != nil:
+				d.tasks[pid] = t
+			case inExec:
+				d.inExec[pid] = true
+			}
+		}
+		pids = slices.Collect(maps.Keys(d.inExec))
+		if len(pids) == 0 || time.Now().After(deadline) {
+			return nil
 		}
 	}
-	return nil
 }
 
 // group tells masters from workers from processes without either.
@@ -139,7 +152,7 @@ func (d *discovery) group() {
 	}
 	groups := map[*task]*group{}
 	for _, t := range d.tasks {
-		if parent(t) == nil {
+		if parent(t) == nil && !d.inExec[t.ppid] {
 			groups[t] = &group{leader: t, isMaster: t.args.master}
 		}
 	}
@@ -571,8 +584,11 @@ func (d *discovery) whose(a account) (t *task, of *group) {
 // group that are not old have answered.
 func (d *discovery) askSockets(ctx context.Context, g *group) {
 	config := g.config
-	if p := d.previous(g.workers[0]); p != nil && p.Config != nil {
-		config = p.Config // which it opened its sockets by
+	for _, t := range g.workers {
+		if p := d.previous(t); p != nil && p.Config != nil {
+			config = p.Config // which it opened its sockets by
+			break
+		}
 	}
 	if config == nil {
 		return
@@ -694,6 +710,15 @@ func (d *discovery) result() Found {
 			if p.Config != nil {
 				p.Interfaces, p.Namespaces = d.interfaces(t.pid, p.Config), g.view.namespaces(p.Config)
 			}
+			found.Processes = append(found.Processes, p)
+		}
+	}
+	// A configuration that is forgotten cannot be read again: the file has changed.
+	for _, p := range d.o.Previous {
+		if !d.inExec[p.PID] && !d.inExec[p.Master] {
+			continue
+		}
+		if _, ticks, ok := d.stat(p.PID); ok && ticks == p.ticks {
 			found.Processes = append(found.Processes, p)
 		}
 	}

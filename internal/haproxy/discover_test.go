@@ -378,11 +378,12 @@ func (f fakeProc) add(p fakeTask) {
 	}
 }
 
-func (f fakeProc) discover() Found {
-	f.t.Helper()
+func (f fakeProc) discover() Found { return f.discoverAfter(Found{}) }
+
+func (f fakeProc) discoverAfter(before Found) Found {
 	ctx, cancel := context.WithTimeout(f.t.Context(), 20*time.Second)
 	defer cancel()
-	return Discover(ctx, DiscoverOptions{Proc: f.dir})
+	return Discover(ctx, DiscoverOptions{Proc: f.dir, Previous: before.Processes})
 }
 
 // TestDiscoverOld tells processes that are finishing from those that took over.
@@ -556,6 +557,64 @@ func TestDiscoverVanished(t *testing.T) {
 	})
 	if found := f.discover(); len(found.Processes) > 0 {
 		t.Errorf("found %+v", found)
+	}
+}
+
+// TestDiscoverInReloads looks while a master runs itself again and again, for a
+// file that it refuses: its worker is at every look what it was.
+func TestDiscoverInReloads(t *testing.T) {
+	for _, v := range haproxytest.Versions(t) {
+		t.Run(v.Name, func(t *testing.T) {
+			h := haproxytest.Start(t, kerneltest.NewNamespace(t), v, haproxytest.MasterWorker, proxyText)
+			found := Discover(t.Context(), DiscoverOptions{})
+			config := one(t, found, h.Worker()).Config
+			h.WriteConfig(strings.Replace(proxyText, "1h", "soon", 1))
+			for look := range 100 {
+				if look%4 == 0 {
+					h.Signal(syscall.SIGUSR2)
+				}
+				found = Discover(t.Context(), DiscoverOptions{Previous: found.Processes})
+				if p := one(t, found, h.Worker()); p.Master != h.PID() || p.Config != config || p.Old {
+					t.Fatalf("look %d: %+v", look, found)
+				}
+				one(t, Discover(t.Context(), DiscoverOptions{}), h.Worker())
+			}
+		})
+	}
+}
+
+// TestDiscoverInExec: of a process that has no arguments yet, and of the workers
+// of a master that has none, is known what was known before.
+func TestDiscoverInExec(t *testing.T) {
+	f := newFakeProc(t)
+	root := t.TempDir()
+	f.writeAt(root+"/h.cfg", "global\n\tmaster-worker\n")
+	const args = "haproxy -f /h.cfg"
+	f.add(fakeTask{pid: 10, args: args, root: root})
+	f.add(fakeTask{pid: 11, ppid: 10, seconds: 1, args: args, root: root})
+	f.add(fakeTask{pid: 12, ppid: 10, seconds: 1, args: args, root: root})
+	f.add(fakeTask{pid: 20, args: args, root: root})
+	f.add(fakeTask{pid: 30, comm: "kthreadd", args: "", root: root})
+	before := f.discover()
+	if len(before.Processes) != 3 {
+		t.Fatalf("found %+v", before)
+	}
+	for _, pid := range []int{10, 20, 30} {
+		f.write(fmt.Sprintf("%d/cmdline", pid), "")
+	}
+	if found := f.discover(); len(found.Processes) != 0 {
+		t.Errorf("with nothing known before: %+v", found)
+	}
+	f.write("12/stat", "12 (haproxy) S 10"+strings.Repeat(" 0", 17)+" 500 0 0\n") // another by this pid
+	f.writeAt(root+"/h.cfg", "not a configuration\n")
+	found := f.discoverAfter(before)
+	if len(found.Processes) != 2 {
+		t.Errorf("found %+v", found)
+	}
+	for _, pid := range []int{11, 20} {
+		if got, want := one(t, found, pid), one(t, before, pid); !SamePlaces(got, want) || got.Config != want.Config || got.Master != want.Master {
+			t.Errorf("process %d is %+v, it was %+v", pid, got, want)
+		}
 	}
 }
 

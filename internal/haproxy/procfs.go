@@ -99,32 +99,36 @@ func (p procfs) pids() ([]int, error) {
 	return pids, err
 }
 
-// task reads a process, nil if it is not HAProxy, or gone.
-func (p procfs) task(pid int) *task {
+// task reads a process, nil if it is not HAProxy, or gone. One that is in the
+// middle of execve(2) has no arguments yet.
+func (p procfs) task(pid int) (t *task, inExec bool) {
 	comm, err := readSome(p.of(pid, "comm"), 64)
 	if err != nil {
-		return nil
+		return nil, false
 	}
 	cmdline, err := readSome(p.of(pid, "cmdline"), maxCommandLine)
-	if err != nil || len(cmdline) == 0 { // a thread of the kernel
-		return nil
+	if err != nil {
+		return nil, false
 	}
 	argv := strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")
 	if !p.isHAProxy(pid, strings.TrimSuffix(string(comm), "\n"), argv[0]) {
-		return nil
+		return nil, false
 	}
-	t := &task{pid: pid}
+	t = &task{pid: pid}
 	var ok bool
-	if t.args, ok = parseCommandLine(argv); !ok {
-		return nil
-	}
 	if t.ppid, t.ticks, ok = p.stat(pid); !ok {
-		return nil
+		return nil, false
+	}
+	if len(cmdline) == 0 {
+		return nil, true
+	}
+	if t.args, ok = parseCommandLine(argv); !ok {
+		return nil, false
 	}
 	// In units of USER_HZ, which is 100 wherever Go runs.
 	t.start = p.boot.Add(time.Duration(t.ticks) * (time.Second / 100))
 	if t.inner, t.nested, ok = p.innerPID(pid); !ok {
-		return nil
+		return nil, false
 	}
 	if info, err := os.Stat(p.of(pid)); err == nil {
 		t.uid = info.Sys().(*syscall.Stat_t).Uid
@@ -133,7 +137,7 @@ func (p procfs) task(pid int) *task {
 	t.mnt, _ = os.Readlink(p.of(pid, "ns", "mnt"))
 	t.pidns, _ = os.Readlink(p.of(pid, "ns", "pid"))
 	t.net = p.namespace(strconv.Itoa(pid), "net")
-	return t
+	return t, false
 }
 
 // isHAProxy says whether a process goes by that name. haproxy-2.8 is one if
