@@ -583,11 +583,12 @@ func (d *discovery) whose(a account) (t *task, of *group) {
 // askSockets asks the sockets of a configuration until all processes of the
 // group that are not old have answered.
 func (d *discovery) askSockets(ctx context.Context, g *group) {
+	// They were opened by what the newest has read, or if that is not known, and it may
+	// never serve, by what another has.
 	config := g.config
-	for _, t := range g.workers {
-		if p := d.previous(t); p != nil && p.Config != nil {
-			config = p.Config // which it opened its sockets by
-			break
+	for i, t := range g.workers {
+		if p := d.previous(t); p != nil && p.Config != nil && (i == 0 || config == nil) {
+			config = p.Config
 		}
 	}
 	if config == nil {
@@ -674,7 +675,7 @@ func (d *discovery) result() Found {
 			}
 		}
 		for _, t := range g.workers {
-			if _, ticks, ok := d.stat(t.pid); !ok || ticks != t.ticks {
+			if !d.runs(t.pid, t.ticks) {
 				continue
 			}
 			a := g.accounts[t]
@@ -715,10 +716,7 @@ func (d *discovery) result() Found {
 	}
 	// A configuration that is forgotten cannot be read again: the file has changed.
 	for _, p := range d.o.Previous {
-		if !d.inExec[p.PID] && !d.inExec[p.Master] {
-			continue
-		}
-		if _, ticks, ok := d.stat(p.PID); ok && ticks == p.ticks {
+		if (d.inExec[p.PID] || d.inExec[p.Master]) && d.runs(p.PID, p.ticks) {
 			found.Processes = append(found.Processes, p)
 		}
 	}

@@ -560,6 +560,23 @@ func TestDiscoverVanished(t *testing.T) {
 	}
 }
 
+// TestDiscoverMovedSocket: a worker that is new is asked where its own file says.
+func TestDiscoverMovedSocket(t *testing.T) {
+	f := newFakeProc(t)
+	root := t.TempDir()
+	const args = "haproxy -W -f /h.cfg"
+	f.writeAt(root+"/h.cfg", "global\n\tstats socket /before\n")
+	f.add(fakeTask{pid: 10, args: args, root: root})
+	f.add(fakeTask{pid: 11, ppid: 10, seconds: 1, args: args, root: root})
+	before := f.discover()
+	f.writeAt(root+"/h.cfg", "global\n\tstats socket /s\n")
+	f.add(fakeTask{pid: 6154, ppid: 10, seconds: 5, args: args, root: root})
+	serve(t, "unix", root+"/s", answer(infoText))
+	if p := one(t, f.discoverAfter(before), 6154); p.Info == nil || p.Info.PID != 6154 {
+		t.Errorf("found %+v", p)
+	}
+}
+
 // TestDiscoverInReloads looks while a master runs itself again and again, for a
 // file that it refuses: its worker is at every look what it was.
 func TestDiscoverInReloads(t *testing.T) {

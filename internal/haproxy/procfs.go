@@ -175,6 +175,12 @@ func parseStat(text []byte) (ppid int, ticks uint64, ok bool) {
 	return ppid, ticks, err == nil && tickErr == nil
 }
 
+// runs says whether the process of a pid is still the one that started then.
+func (p procfs) runs(pid int, ticks uint64) bool {
+	_, now, ok := p.stat(pid)
+	return ok && now == ticks
+}
+
 // innerPID is the last of a process's pids, which is the one in its own
 // namespace, and whether it has others.
 func (p procfs) innerPID(pid int) (inner int, nested, ok bool) {
